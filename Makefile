@@ -1,0 +1,59 @@
+# Every target makes its virtual environment if there is none and installs what it needs; a second run starts at once.
+# `make` alone lists the targets. PYTHON=python3.12 and VENV=/elsewhere choose the interpreter and the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := setup.py pyproject.toml constraints.txt
+ARGS ?=
+
+# DeepSpeed's compiled operators are neither needed nor built: no compiler has to be there.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format types bench clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+
+quickstart: $(VENV)/.installed ## Train a small model twice, plain and goldfish, and compare what each recites (ARGS="--seed 1")
+	$(BIN)/megafish demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the test suite (ARGS="tests/data -k blend" for a part of it)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## Mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev ## Check type hints
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## Run every benchmark (ARGS="--save" keeps the tables in benchmarks/results)
+	@for script in $$(ls benchmarks/*.py | grep -v '/common.py'); do \
+		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean: ## Remove the environment, caches and build output (runs/ is kept)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "megafish needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+# The development environment holds all that the plain one does.
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@

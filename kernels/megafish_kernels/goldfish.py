@@ -1,0 +1,444 @@
+"""The goldfish mask: which tokens of a document are left out of the loss (Hans et al. 2024, arXiv 2406.10209).
+
+Scheme goldfish-v1, frozen: for token i of a document with the h tokens x[i-1] ... x[i-h] before it,
+
+    key  = c[0] + sum over j = 1..h of c[j] * (x[i-j] + 1)      mod 2^64
+    drop = (key >> 32) < floor(2^32 / k)
+
+c[0..h] are the first outputs of splitmix64(seed); positions before the document's start contribute 0. This is
+multilinear hashing, strongly universal in its upper 32 bits (Lemire and Kaser 2014, "Strongly universal string hashing
+is fast"): over the seed, every context drops with probability floor(2^32 / k) / 2^32, and any two contexts are
+independent. Only integer arithmetic is used, so that NumPy and torch, on any device, give the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Window = Literal["preceding", "inclusive"]
+Scheme = Literal["goldfish-v1", "table", "static", "random"]
+Array = TypeVar("Array", npt.NDArray[Any], Tensor)
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+_TABLE_SIZE = 1_000_003
+_TABLE_SEED = 2_971_215_073
+
+# Tokens hashed at one time by the NumPy path: its three uint64 buffers (384 KiB) then stay in a core's L2 cache.
+_BLOCK = 16_384
+
+
+def _mix(state: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers."""
+    state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
+    state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+    return state ^ (state >> 31)
+
+
+@lru_cache(maxsize=64)
+def goldfish_coefficients(seed: int, h: int) -> tuple[int, ...]:
+    """c[0] ... c[h] of goldfish-v1: the first h + 1 outputs of splitmix64 seeded with `seed`, as unsigned integers."""
+    return tuple(_mix((seed + (i + 1) * _GOLDEN) & _MASK) for i in range(h + 1))
+
+
+@lru_cache(maxsize=1)
+def _published_table() -> Tensor:
+    """The uniform float32 table of the published code, as its CPU generator makes it (a CUDA one differs)."""
+    return torch.rand(_TABLE_SIZE, generator=torch.Generator().manual_seed(_TABLE_SEED))
+
+
+def goldfish_drop(
+    tokens: Array,
+    *,
+    k: int | Array | None,
+    h: int = 13,
+    seed: int = 0,
+    window: Window = "preceding",
+    min_context: int | None = None,
+    scheme: Scheme = "goldfish-v1",
+    document_starts: Array | None = None,
+    exempt: Array | None = None,
+    canonical: Array | None = None,
+    halo: int = 0,
+    positions: Array | None = None,
+    nonce: int | Array = 0,
+) -> Array:
+    """Which tokens are dropped as targets of the loss.
+
+    NumPy arrays give a NumPy array, torch tensors a tensor on their device, with equal values. All arrays must be of
+    the kind of `tokens`. The NumPy path is the fast one on a CPU.
+
+    Args:
+        tokens: [..., n] integers >= 0; each row is a stretch of a stream of documents. With `scheme="table"` the
+            published code's masks come out when these are the targets (the inputs shifted by one).
+        k: one in k tokens is dropped: an integer >= 2, None for no drops, or integers that broadcast to `tokens` (the
+            k of each position's document; 0 for no drops).
+        h: context tokens that decide, >= 1 (schemes goldfish-v1 and table).
+        seed: of the hash, 0 <= seed < 2^64 (schemes goldfish-v1 and random).
+        window: "preceding" hashes x[i-1] ... x[i-h], the paper's definition; "inclusive" hashes x[i] ... x[i-h+1] as
+            the published code does. Scheme goldfish-v1 only: table is inclusive by definition.
+        min_context: a token with fewer tokens than this before it in its document is kept. Default h, or h - 1 for
+            "inclusive". Scheme goldfish-v1 only.
+        scheme: "goldfish-v1"; "table", the published hash table bit for bit (windows of a row, across documents; the
+            first h - 1 positions of a row are kept); "static", in-document positions p with p % k == k - 1; "random",
+            an independent draw for every (seed, nonce, position in the row after the halo).
+        document_starts: bool [..., n], True at the first token of a document. The first position of a row always
+            starts one unless there is a halo.
+        exempt: bool [vocabulary], True for ids that are never dropped. They still count as context.
+        canonical: integers >= 0 [vocabulary]; ids are replaced by these before they are hashed (goldfish-v1, table).
+        halo: the first `halo` positions of each row are context only, never dropped. It must cover the window: h, or
+            h - 1 for "inclusive" (and for table, where a shorter one leaves the row's first h - 1 positions kept).
+        positions: integers [..., n], the index of each token in its whole document. Needed where a row begins inside
+            a document: by scheme static, and by goldfish-v1 if min_context is above `halo`.
+        nonce: another integer is another draw; one for all, or one a row ([...]). Scheme random only.
+
+    Returns:
+        bool [..., n], True where the token is dropped as a target.
+
+    Raises:
+        ValueError: an argument is out of range, has the wrong shape, or does not go with the scheme.
+        IndexError: an id lies outside `exempt` or `canonical` (tensors on a CPU; undefined on other devices).
+    """
+    _check_options(k, h, seed, window, min_context, scheme, canonical, halo, nonce)
+    shape = tuple(tokens.shape)
+    if not shape:
+        raise ValueError("tokens: expected at least one dimension, got a scalar")
+    for name, array in (("document_starts", document_starts), ("positions", positions)):
+        if array is not None and tuple(array.shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(array.shape)} must equal that of tokens, {shape}")
+    reach = h if window == "preceding" else h - 1
+    context = reach if min_context is None else min_context
+    if scheme == "goldfish-v1":
+        if 0 < halo < reach:
+            raise ValueError(f"halo: {halo} does not cover the window of {reach} tokens; give at least {reach} or 0")
+        if 0 < halo < context and positions is None:
+            raise ValueError(f"positions: needed, since min_context {context} looks further back than the halo {halo}")
+    if scheme == "static" and halo > 0 and positions is None:
+        raise ValueError("positions: needed by scheme static with a halo, since rows may begin inside a document")
+
+    options: dict[str, Any] = {
+        "k": k,
+        "h": h,
+        "seed": seed,
+        "first": 1 if window == "preceding" else 0,
+        "min_context": context,
+        "scheme": scheme,
+        "starts": document_starts,
+        "exempt": exempt,
+        "canonical": canonical,
+        "halo": halo,
+        "positions": positions,
+        "nonce": nonce,
+    }
+    if isinstance(tokens, Tensor):
+        return _drop_torch(tokens, **options)
+    return _drop_numpy(np.asarray(tokens), **options)
+
+
+def _check_options(
+    k: Any, h: int, seed: int, window: str, min_context: int | None, scheme: str, canonical: Any, halo: int, nonce: Any
+) -> None:
+    if scheme not in ("goldfish-v1", "table", "static", "random"):
+        raise ValueError(f"scheme: {scheme!r} is not one of goldfish-v1, table, static, random")
+    if window not in ("preceding", "inclusive"):
+        raise ValueError(f"window: {window!r} is not one of preceding, inclusive")
+    if isinstance(k, int) and k < 2:
+        raise ValueError(f"k: {k} must be at least 2 (None drops nothing)")
+    if h < 1:
+        raise ValueError(f"h: {h} must be at least 1")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: {seed} must be at least 0 and below 2^64")
+    if halo < 0:
+        raise ValueError(f"halo: {halo} must be at least 0")
+    if min_context is not None and min_context < 0:
+        raise ValueError(f"min_context: {min_context} must be at least 0")
+    if min_context is not None and scheme != "goldfish-v1":
+        raise ValueError(f"min_context: has no meaning for scheme {scheme}; leave it out")
+    if canonical is not None and scheme in ("static", "random"):
+        raise ValueError(f"canonical: has no meaning for scheme {scheme}, which hashes no tokens; leave it out")
+    if seed != 0 and scheme in ("table", "static"):
+        raise ValueError(f"seed: has no meaning for scheme {scheme}; leave it at 0")
+    if scheme != "random" and not (isinstance(nonce, int) and nonce == 0):
+        raise ValueError(f"nonce: has no meaning for scheme {scheme}; leave it at 0")
+
+
+# --------------------------------------------------------------------------------------------------------------- NumPy
+
+
+def _drop_numpy(
+    tokens: npt.NDArray[Any],
+    *,
+    k: Any,
+    h: int,
+    seed: int,
+    first: int,
+    min_context: int,
+    scheme: str,
+    starts: Any,
+    exempt: Any,
+    canonical: Any,
+    halo: int,
+    positions: Any,
+    nonce: Any,
+) -> npt.NDArray[np.bool_]:
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
+    n = tokens.shape[-1]
+    if k is None or tokens.size == 0:
+        return np.zeros(tokens.shape, dtype=bool)
+    if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
+        raise ValueError(f"tokens: id {int(tokens.min())} is negative")
+    ks = np.asarray(k)
+    if ks.ndim:
+        _check_ks(ks.dtype.kind in "iu", ks.size and int(ks.min()), bool((ks == 1).any()))
+        ks = np.broadcast_to(ks, tokens.shape)
+
+    ids = tokens if canonical is None else np.take(canonical, tokens)
+    if scheme == "goldfish-v1":
+        marks = _starts_numpy(tokens.shape, starts, positions, halo)
+        _check_first(reach=h - 1 + first, halo=halo, positions=positions)
+        drop = _hash_drop_numpy(ids, marks, positions, ks, goldfish_coefficients(seed, h), first, min_context)
+    elif scheme == "table":
+        drop = np.zeros(tokens.shape, dtype=bool)
+        if n >= h:
+            key = np.ones((*tokens.shape[:-1], n - h + 1), dtype=np.int64)
+            for j in range(h):
+                key *= ids[..., j : n - h + 1 + j].astype(np.int64)
+            table = _published_table().numpy()
+            drop[..., h - 1 :] = table[key % _TABLE_SIZE] < _rate_numpy(ks, tokens.shape)[..., h - 1 :]
+    elif scheme == "static":
+        if positions is None:
+            marks = _starts_numpy(tokens.shape, starts, None, 0)
+            index = np.arange(n)
+            positions = index - np.maximum.accumulate(np.where(marks, index, 0), axis=-1)
+        divisor = np.maximum(ks, 1)
+        drop = (positions % divisor == divisor - 1) & (ks > 0)
+    else:
+        draws = np.asarray(nonce).astype(np.uint64)[..., None]
+        if draws.ndim > 1 and draws.shape[:-1] != tokens.shape[:-1]:
+            raise ValueError(f"nonce: shape {draws.shape[:-1]} must be that of the rows, {tokens.shape[:-1]}")
+        row = _mix_numpy(np.uint64(seed) + np.uint64(_GOLDEN) * (draws + np.uint64(1)))
+        index = np.arange(1 - halo, n - halo + 1).astype(np.uint64)
+        drop = _mix_numpy(row + np.uint64(_GOLDEN) * index) < _threshold_numpy(ks)
+        drop = np.array(np.broadcast_to(drop, tokens.shape))
+    drop[..., :halo] = False
+    if exempt is not None:
+        drop &= ~np.take(exempt, tokens)
+    return drop
+
+
+def _check_ks(integers: bool, smallest: int, any_one: bool) -> None:
+    if not integers:
+        raise ValueError("k: expected integers")
+    if smallest < 0 or any_one:
+        raise ValueError("k: each must be at least 2, or 0 for no drops")
+
+
+def _check_first(reach: int, halo: int, positions: Any) -> None:
+    if reach > 0 and halo == 0 and positions is not None and bool((positions[..., 0] != 0).any()):
+        raise ValueError(f"positions: a row begins inside a document; give its context, a halo of at least {reach}")
+
+
+def _starts_numpy(shape: tuple[int, ...], starts: Any, positions: Any, halo: int) -> npt.NDArray[np.bool_]:
+    if starts is not None:
+        marks = np.array(starts, dtype=bool)
+    elif positions is not None:
+        marks = np.asarray(positions == 0)
+    else:
+        marks = np.zeros(shape, dtype=bool)
+    if halo == 0:
+        marks[..., 0] = True
+    return marks
+
+
+def _threshold_numpy(ks: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """floor(2^32 / k) * 2^32, to be compared with the whole key: (key >> 32) < t if and only if key < t * 2^32."""
+    wide = ks.astype(np.uint64)
+    quotient = np.uint64(2**32) // np.maximum(wide, np.uint64(1))
+    return np.where(wide == 0, np.uint64(0), quotient << np.uint64(32))
+
+
+def _rate_numpy(ks: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """1 / k in float32, the type in which the published code compares (0 for k = 0)."""
+    return np.broadcast_to(np.where(ks == 0, 0.0, 1.0 / np.maximum(ks, 1)).astype(np.float32), shape)
+
+
+def _mix_numpy(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
+    return state ^ (state >> np.uint64(31))
+
+
+def _hash_drop_numpy(
+    ids: npt.NDArray[Any],
+    marks: npt.NDArray[np.bool_],
+    positions: Any,
+    ks: npt.NDArray[Any],
+    coefficients: tuple[int, ...],
+    first: int,
+    min_context: int,
+) -> npt.NDArray[np.bool_]:
+    """goldfish-v1. Rows are joined into one stream: a window never reaches into the row before, since a row begins
+    with a document or with a halo as long as the window, whose own positions are not reported.
+    """
+    stream = np.ascontiguousarray(ids).reshape(-1)
+    size = stream.size
+    reach = len(coefficients) - 2 + first
+    c = np.array(coefficients, dtype=np.uint64)
+    # Every full window has the same sum of coefficients from the + 1 of its ids: one constant instead of n additions.
+    constant = np.uint64(sum(coefficients) & _MASK)
+    thresholds = _threshold_numpy(ks)
+    per_position = thresholds.reshape(-1) if thresholds.ndim else None
+    drop = np.empty(size, dtype=bool)
+
+    values = np.zeros(_BLOCK + reach, dtype=np.uint64)
+    keys = np.empty(_BLOCK, dtype=np.uint64)
+    product = np.empty(_BLOCK, dtype=np.uint64)
+    for begin in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - begin)
+        left = min(reach, begin)
+        values[reach - left : reach + count] = stream[begin - left : begin + count]
+        key, part = keys[:count], product[:count]
+        key.fill(constant)
+        for j in range(1, len(c)):
+            back = j - 1 + first
+            np.multiply(values[reach - back : reach - back + count], c[j], out=part)
+            np.add(key, part, out=key)
+        if per_position is None:
+            np.less(key, thresholds, out=drop[begin : begin + count])
+        else:
+            np.less(key, per_position[begin : begin + count], out=drop[begin : begin + count])
+
+    # Near a document's start the windows above reach into the document before: these few are done anew.
+    begins = np.flatnonzero(marks.reshape(-1))
+    lengths = np.diff(begins, append=size)
+    for depth in range(max(reach, 0 if positions is not None else min_context)):
+        at = begins[lengths > depth] + depth
+        if at.size == 0:
+            break
+        if depth < min_context:
+            drop[at] = False
+            continue
+        short = np.full(at.size, c[0], dtype=np.uint64)
+        for j in range(1, depth + 2 - first):
+            short += c[j] * (stream[at - (j - 1 + first)].astype(np.uint64) + np.uint64(1))
+        drop[at] = short < (thresholds if per_position is None else per_position[at])
+    drop = drop.reshape(ids.shape)
+    if positions is not None:
+        drop &= positions >= min_context
+    return drop
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+def _signed(value: int) -> int:
+    """The int64 that has the bits of the unsigned `value` mod 2^64."""
+    value &= _MASK
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _drop_torch(
+    tokens: Tensor,
+    *,
+    k: Any,
+    h: int,
+    seed: int,
+    first: int,
+    min_context: int,
+    scheme: str,
+    starts: Any,
+    exempt: Any,
+    canonical: Any,
+    halo: int,
+    positions: Any,
+    nonce: Any,
+) -> Tensor:
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
+    device, n = tokens.device, tokens.shape[-1]
+    if k is None or tokens.numel() == 0:
+        return torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+    ids = tokens.long()
+    # Looking at values would stall another device's queue, so they are checked on the CPU alone.
+    if device.type == "cpu" and int(ids.min()) < 0:
+        raise ValueError(f"tokens: id {int(ids.min())} is negative")
+    ks = torch.as_tensor(k, device=device)
+    if ks.dim():
+        integers = not (ks.is_floating_point() or ks.dtype == torch.bool)
+        if device.type == "cpu":
+            _check_ks(integers, int(ks.min()), bool((ks == 1).any()))
+        ks = ks.long().expand(tokens.shape)
+
+    hashed = ids if canonical is None else canonical.to(device).long()[ids]
+    index = torch.arange(n, device=device)
+    if scheme == "goldfish-v1" or (scheme == "static" and positions is None):
+        if starts is not None:
+            marks = starts.bool().clone()
+        elif positions is not None:
+            marks = positions == 0
+        else:
+            marks = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+        if halo == 0:
+            marks[..., 0] = True
+        # With no start in view, every window inside the row is whole.
+        depth = index - torch.where(marks, index, -h - 1).cummax(dim=-1).values
+
+    if scheme == "goldfish-v1":
+        if device.type == "cpu":
+            _check_first(reach=h - 1 + first, halo=halo, positions=positions)
+        c = goldfish_coefficients(seed, h)
+        # Adding 2^63 turns the unsigned order of keys into the signed order of int64.
+        key = torch.full(tokens.shape, _signed(c[0] + 2**63), dtype=torch.int64, device=device)
+        for j in range(1, h + 1):
+            back = j - 1 + first
+            if back >= n:
+                break
+            inside = depth[..., back:] >= back
+            key[..., back:] += torch.where(inside, (hashed[..., : n - back] + 1) * _signed(c[j]), 0)
+        drop = key < _threshold_torch(ks)
+        drop &= (depth if positions is None else positions) >= min_context
+    elif scheme == "table":
+        drop = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+        if n >= h:
+            product = torch.ones_like(hashed[..., h - 1 :])
+            for j in range(h):
+                product *= hashed[..., j : n - h + 1 + j]
+            rate = torch.where(ks == 0, 0.0, 1.0 / ks.clamp(min=1).double()).float().expand(tokens.shape)
+            drop[..., h - 1 :] = _published_table().to(device)[product % _TABLE_SIZE] < rate[..., h - 1 :]
+    elif scheme == "static":
+        divisor = ks.clamp(min=1)
+        drop = ((depth if positions is None else positions) % divisor == divisor - 1) & (ks > 0)
+    else:
+        draws = torch.as_tensor(nonce, device=device).long()[..., None]
+        if draws.dim() > 1 and draws.shape[:-1] != tokens.shape[:-1]:
+            raise ValueError(f"nonce: shape {tuple(draws.shape[:-1])} must be that of the rows")
+        row = _mix_torch(_signed(seed) + _signed(_GOLDEN) * (draws + 1))
+        key = _mix_torch(row + _signed(_GOLDEN) * (index + 1 - halo))
+        drop = (key + _signed(2**63) < _threshold_torch(ks)).expand(tokens.shape).clone()
+    drop[..., :halo] = False
+    if exempt is not None:
+        drop &= ~exempt.to(device)[ids]
+    return drop
+
+
+def _threshold_torch(ks: Tensor) -> Tensor:
+    """floor(2^32 / k) * 2^32 - 2^63 as int64 (k >= 2, so that it never exceeds 0)."""
+    quotient = torch.where(ks == 0, 0, 2**32 // ks.clamp(min=1))
+    return torch.where(quotient == 2**31, 0, (quotient << 32) + _signed(2**63))
+
+
+def _mix_torch(state: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64: the arithmetic shift's copies of the sign are masked away."""
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_MIX_1)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(_MIX_2)
+    return state ^ ((state >> 31) & (2**33 - 1))

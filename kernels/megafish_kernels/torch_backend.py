@@ -1,0 +1,264 @@
+"""The linear cross-entropy in plain torch: any device, and the backend of a run on CPUs.
+
+The kept tokens are worked off in chunks of rows. A chunk's logits live in one buffer that is used again by every chunk
+and that its softmax and then its gradient overwrite in place, so that the memory does not grow with the number of
+tokens. For a loss that is one number the gradients are computed right there, in the forward (6 n V D floating-point
+operations for n kept tokens); for one loss a token, whose upstream gradient is not known yet, the backward computes the
+logits anew (8 n V D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bytes of the logits buffer and fewest rows of a chunk if the caller names no size. Fewer rows starve the products,
+# which then read the weight and its gradient from memory once a chunk for too little work.
+_CHUNK_BYTES = 64 * 2**20
+_CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss is, beside its tensors (see `linear_cross_entropy`)."""
+
+    vocab_size: int
+    """Columns that are real: the weight's rows from here on are padding."""
+    z_loss: float
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+    chunk_tokens: int | None
+    stats: bool
+    """Entropy and accuracy are wanted, which cost passes of their own."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The kept tokens: the i-th is row index[i] of the flattened batch (i itself where index is None)."""
+
+    hidden: Tensor
+    """[N, D], all tokens, dropped ones too."""
+    targets: Tensor
+    """int64 [n]"""
+    index: Tensor | None
+    """int64 [n]"""
+    factor: Tensor | None
+    """float [n], by which a row's gradient is multiplied; None for 1."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over the chunks gives, each [n] and in the dtype of the reductions; gradients where asked for."""
+
+    loss: Tensor
+    """With smoothing and z-loss, not weighted."""
+    cross_entropy: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """Of hidden [N, D] in its own dtype; of weight [V, D] and bias [V] in the dtype of the reductions."""
+
+
+def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and losses: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(rows: int, vocab_size: int, itemsize: int, chunk_tokens: int | None) -> int:
+    """Rows of each chunk: near the wanted size, and spread evenly, so that no small chunk is left at the end."""
+    wanted = chunk_tokens or max(_CHUNK_ROWS, _CHUNK_BYTES // (vocab_size * itemsize))
+    chunks = -(-rows // wanted)
+    return -(-rows // max(chunks, 1))
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of every row, in place; also each row's maximum, and the log of the sum of exp(logit - maximum)."""
+    top = logits.amax(dim=1)
+    if logits.device.type == "cpu":
+        # One fused kernel a row, which stays in the cache. The largest probability is exp(0) over the sum.
+        torch.softmax(logits, dim=1, out=logits)
+        return top, -logits.amax(dim=1).log()
+    logits.sub_(top[:, None]).exp_()
+    total = logits.sum(dim=1)
+    logits.div_(total[:, None])
+    return top, total.log()
+
+
+def sweep(
+    rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, alpha: float, needs: tuple[bool, bool, bool]
+) -> Sweep:
+    """One pass over the chunks: losses of every row, and the gradients of sum(alpha * factor * loss) in `needs`.
+
+    Args:
+        weight: [V, D] in the dtype of the hidden states.
+        bias: [V] or None.
+        needs: whether the gradient of hidden, weight, bias is wanted.
+    """
+    hidden, targets, index, factor = rows.hidden, rows.targets, rows.index, rows.factor
+    count, vocab = targets.shape[0], options.vocab_size
+    dtype = reduction_dtype(hidden.dtype)
+    low = hidden.dtype != dtype
+    need_hidden, need_weight, need_bias = needs
+    need_any = need_hidden or need_weight or need_bias
+    scale, smooth, cap = options.logit_scale, options.label_smoothing, options.softcap
+    columns = weight[:vocab]
+    shift = None if bias is None else bias[:vocab] * scale
+
+    size = chunk_rows(count, vocab, torch.finfo(dtype).bits // 8, options.chunk_tokens)
+    buffer = hidden.new_empty(size, vocab, dtype=dtype)
+    rounded = hidden.new_empty(size, vocab) if low else buffer
+    loss, cross_entropy, lse = (hidden.new_empty(count, dtype=dtype) for _ in range(3))
+    entropy = hidden.new_empty(count, dtype=dtype) if options.stats else None
+    correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
+    grad_hidden = None
+    if need_hidden:
+        grad_hidden = torch.empty_like(hidden) if index is None and count else torch.zeros_like(hidden)
+    grad_weight = torch.empty_like(weight, dtype=dtype) if need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if need_bias else None
+    if grad_weight is not None:
+        grad_weight[vocab if count else 0 :].zero_()
+
+    for begin in range(0, count, size or 1):
+        part = slice(begin, min(begin + size, count))
+        target = targets[part, None]
+        taken = hidden[part] if index is None else hidden.index_select(0, index[part])
+        logits, product = buffer[: len(target)], rounded[: len(target)]
+
+        scaled = taken if scale == 1.0 else taken * scale
+        if shift is None:
+            torch.mm(scaled, columns.t(), out=product)
+        else:
+            torch.addmm(shift, scaled, columns.t(), out=product)
+        if low:
+            logits.copy_(product)
+        slope = None
+        if cap is not None:
+            logits.div_(cap).tanh_()
+            slope = logits.square().neg_().add_(1.0) if need_any else None
+            logits.mul_(cap)
+
+        at_target = logits.gather(1, target)[:, 0]
+        mean = logits.mean(dim=1) if smooth else None
+        if correct is not None:
+            torch.eq(logits.argmax(dim=1), target[:, 0], out=correct[part])
+        top, log_sum = _softmax_(logits)
+        torch.add(top, log_sum, out=lse[part])
+        torch.add(top - at_target, log_sum, out=cross_entropy[part])
+        if entropy is not None:
+            torch.sum(torch.special.entr(logits), dim=1, out=entropy[part])
+        row_loss = cross_entropy[part]
+        if mean is not None:
+            row_loss = (1 - smooth) * row_loss + smooth * (top - mean + log_sum)
+        if options.z_loss:
+            row_loss = row_loss + options.z_loss * lse[part].square()
+        loss[part] = row_loss
+        if not need_any:
+            continue
+
+        # From here on the buffer holds the gradient of the row's loss by its logits.
+        if options.z_loss:
+            logits.mul_((1 + 2 * options.z_loss * lse[part])[:, None])
+        if smooth:
+            logits.sub_(smooth / vocab)
+        logits.scatter_(1, target, logits.gather(1, target) - (1 - smooth))
+        if slope is not None:
+            logits.mul_(slope)
+        row_factor = None if factor is None else factor[part, None]
+        if low:
+            # Rounded once, after the weights: the products below then add in fp32 and round their result once.
+            product.copy_(logits if row_factor is None else logits.mul_(row_factor))
+            row_factor = None
+        beta = 0.0 if begin == 0 else 1.0
+        if grad_hidden is not None:
+            step = torch.mm(product, columns).to(dtype).mul_(alpha * scale)
+            if row_factor is not None:
+                step.mul_(row_factor)
+            if index is None:
+                grad_hidden[part] = step
+            else:
+                grad_hidden.index_copy_(0, index[part], step.to(hidden.dtype))
+        if grad_weight is not None:
+            total = grad_weight[:vocab]
+            if low:
+                update = torch.mm(product.t(), taken)
+                total.mul_(beta) if beta else total.zero_()
+                total.add_(update, alpha=alpha * scale)
+            else:
+                weighted = taken if row_factor is None else taken * row_factor
+                torch.addmm(total, product.t(), weighted, beta=beta, alpha=alpha * scale, out=total)
+        if grad_bias is not None:
+            ones = logits.new_ones(len(target)) if row_factor is None else row_factor[:, 0]
+            grad_bias[:vocab].addmv_(product.to(dtype).t(), ones, alpha=alpha * scale)
+    return Sweep(loss, cross_entropy, lse, entropy, correct, (grad_hidden, grad_weight, grad_bias))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Tensors in, (loss, cross_entropy, lse, entropy, correct) of the kept rows out; only the loss has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        index: Tensor | None,
+        row_weight: Tensor | None,
+        scale: Tensor | None,
+        options: Options,
+        grad_enabled: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """`scale` is a 0-d tensor that multiplies the sum of the rows' losses; None keeps one loss a row."""
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0] and grad_enabled, wanted[1] and grad_enabled, wanted[2] and grad_enabled)
+        rows = Rows(hidden, targets, index, row_weight)
+        # A scale that lies in the CPU's memory goes into the products for nothing; on another device reading it here
+        # would wait for that device's queue, so it is multiplied in by the backward.
+        alpha = float(scale) if scale is not None and scale.device.type == "cpu" else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            now = needs if scale is not None else (False, False, False)
+            done = sweep(rows, weight, bias, options, 1.0 if alpha is None else alpha, now)
+            loss = done.loss if row_weight is None else done.loss * row_weight
+            if scale is not None:
+                # Without any kept token the sum is an exact 0, whatever the scale (1/0, say) may be.
+                loss = loss.sum() * scale if targets.shape[0] else loss.sum()
+        ctx.save_for_backward(hidden, weight, bias, targets, index, row_weight, scale)
+        ctx.options, ctx.needs, ctx.alpha = options, needs, alpha
+        ctx.ready = done.gradients if scale is not None else None
+        others = [t for t in (done.cross_entropy, done.lse, done.entropy, done.correct) if t is not None]
+        ctx.mark_non_differentiable(*others)
+        return loss, done.cross_entropy, done.lse, done.entropy, done.correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, index, row_weight, scale = ctx.saved_tensors
+        dtype = reduction_dtype(hidden.dtype)
+        upstream = upstream.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if scale is None:
+                factor = upstream if row_weight is None else upstream * row_weight
+                rows = Rows(hidden, targets, index, factor)
+                grads = sweep(rows, weight, bias, ctx.options, 1.0, ctx.needs).gradients
+            else:
+                grads, ctx.ready = ctx.ready, None
+                alpha = ctx.alpha
+                if grads is None:
+                    # The first backward through a graph that was retained has handed its gradients over.
+                    rows = Rows(hidden, targets, index, row_weight)
+                    grads = sweep(rows, weight, bias, ctx.options, 1.0 if alpha is None else alpha, ctx.needs).gradients
+                # Scaled in place and handed over, so that no second copy of the weight's gradient ever exists.
+                late = upstream * scale if alpha is None else upstream
+                if targets.shape[0] and not (late.device.type == "cpu" and float(late) == 1.0):
+                    for grad in grads:
+                        if grad is not None:
+                            grad.mul_(late)
+        like = (hidden, weight, bias)
+        cast = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
+        return (*cast, None, None, None, None, None, None)

@@ -1,0 +1,1 @@
+"""What a model memorized: extraction of canaries, loss of dropped against kept tokens, and the report."""

@@ -1,0 +1,289 @@
+"""The audit of a checkpoint: extraction of canaries, loss of dropped against kept tokens, validation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megafish.audit.extraction import Canary, Extraction, load_canaries, record, split_canaries, summarize
+from megafish.audit.losses import held_out, kept_and_dropped, sequence_losses
+from megafish.audit.panels import divergence_panel, memorization_panels
+from megafish.audit.plots import draw, to_png
+from megafish.audit.view import RunView
+from megafish.config import Config
+from megafish.data.corpus import Sample, SampleStream, SourceSpec, open_train, open_valid
+from megafish.data.loader import Batch, EvalLoader, make_batch
+from megafish.decode.generate import generate
+from megafish.errors import InputError
+from megafish.model.load import LoadedRun, load_run
+from megafish.objective.goldfish import GoldfishMask
+from megafish.progress import track
+from megafish.run import read_json
+
+FORMAT, VERSION = "megafish-audit", 1
+
+REFERENCE_K = 4
+"""A run without a mask is measured with this one, to have something to compare masked runs with."""
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """Where an audit was written, and its figures (the content of summary.json)."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def audit_run(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+    console: Console | None = None,
+) -> AuditResult:
+    """Audit a run (or a checkpoint folder inside it): write RUN/audit/step_XXXXXXXX/ and print the figures.
+
+    The folder holds extraction.jsonl (one line a canary: text, continuation, scores), summary.json and the plots as
+    PNG; it appears when it is complete and takes the place of an earlier audit of the same step. `step`: which checkpoint,
+    the latest by default. `overrides`: settings of the audit section, e.g. "audit.prompt_tokens=32". Losses are never
+    masked and never train anything. Raises InputError where the run, its data or the settings do not fit.
+    """
+    loaded = load_run(path, step)
+    config = _with_overrides(loaded, overrides)
+    auditor = _Auditor(loaded, config, progress)
+    extractions = auditor.extract()
+    summary = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run": config.name,
+        "step": loaded.step,
+        "samples": auditor.spent["samples"],
+        "tokens": auditor.spent["tokens"],
+        "supervised_tokens": auditor.spent["supervised_tokens"],
+        "settings": config.audit.model_dump(),
+        "mask": {**auditor.mask.describe(), "reference": auditor.reference},
+        "extraction": summarize(extractions) if extractions else None,
+        "losses": {"train": auditor.training_losses(), "valid": auditor.validation_losses()},
+    }
+    records = [record(item, loaded.tokenizer) for item in extractions]
+    folder = loaded.run.audit / loaded.run.checkpoint(loaded.step).name
+    view = RunView(loaded.run.path, config.name, config, {}, [summary], records)
+    _write(folder, summary, records, view)
+    console = console or Console()
+    for table in tables(summary):
+        console.print(table)
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+    return AuditResult(folder, summary)
+
+
+def _with_overrides(loaded: LoadedRun, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        if not override.startswith("audit."):
+            raise InputError(
+                f"override {override!r}: an audit changes settings of the section audit only (audit.key=value)"
+            )
+    return loaded.run.load_config(list(overrides)) if overrides else loaded.config
+
+
+class _Auditor:
+    """The parts of one audit, which share the model, the data and the mask."""
+
+    def __init__(self, loaded: LoadedRun, config: Config, progress: bool) -> None:
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.config = config
+        self.progress = progress
+        self.spent = _spent(loaded)
+        self.consumed = self.spent["samples"]
+        sources = open_train(config.data)
+        for source in sources:
+            source.corpus.check_tokenizer(loaded.tokenizer)
+        self.reference = not _drops_tokens(config, sources)
+        goldfish = config.goldfish
+        if self.reference:
+            goldfish = goldfish.model_copy(update={"k": REFERENCE_K})
+        self.mask = GoldfishMask(goldfish, loaded.tokenizer)
+        self.stream = SampleStream(sources, config.data.sequence_length, config.data.seed, self.mask.halo)
+
+    # ------------------------------------------------------------------------------------------------------- extraction
+
+    def extract(self) -> list[Extraction]:
+        """Continue every canary of every training corpus; empty where none were planted."""
+        settings = self.config.audit
+        epochs = self.stream.epochs(self.consumed)
+        groups = [load_canaries(spec.corpus.path, seen) for spec, seen in zip(self.stream.sources, epochs, strict=True)]
+        canaries = [canary for group in groups for canary in group]
+        numbers = [number for number, group in enumerate(groups) for _ in group]
+        if not canaries:
+            return []
+        prompts, suffixes = split_canaries(canaries, settings.prompt_tokens, settings.suffix_tokens)
+        outputs = generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=settings.suffix_tokens,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+        )
+        texts = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
+        losses: list[list[float]] = []
+        with track(len(texts), "canary loss", "canary", enabled=self.progress) as bar:
+            for rows in sequence_losses(self.model, texts, settings.batch_size):
+                losses += [row[-settings.suffix_tokens :] for row in rows]
+                bar.advance(len(rows))
+        dropped = [self._dropped(canary, number) for canary, number in zip(canaries, numbers, strict=True)]
+        return [
+            Extraction(*fields)
+            for fields in zip(canaries, prompts, suffixes, [list(o) for o in outputs], dropped, losses, strict=True)
+        ]
+
+    def _dropped(self, canary: Canary, source: int) -> list[bool] | None:
+        """Which suffix tokens the mask drops wherever the canary stands; None where that is drawn anew each time."""
+        settings = self.config.audit
+        if self.mask.config.scheme == "random":
+            return None
+        spec = self.stream.sources[source]
+        halo = self.mask.halo
+        n = settings.prompt_tokens + settings.suffix_tokens
+        tokens = np.zeros(halo + n, dtype=np.int64)
+        tokens[halo:] = canary.tokens[:n]
+        starts = np.zeros(halo + n, dtype=np.bool_)
+        starts[halo] = True
+        positions = np.maximum(np.arange(-halo, n), 0)
+        k = None
+        if not self.reference and spec.k != "default":
+            k = np.full(halo + n, spec.k or 0, dtype=np.int32)
+        drop = self.mask([Sample(tokens, starts, positions, k, halo, source, 0)])[0]
+        # Entry j of the mask is token j + 1 of the document.
+        return drop[settings.prompt_tokens - 1 :].tolist()
+
+    # ----------------------------------------------------------------------------------------------------------- losses
+
+    def training_losses(self) -> dict[str, Any]:
+        """Loss of dropped and kept tokens on sequences spread evenly over those the run has trained on."""
+        count = min(self.config.audit.loss_sequences, max(self.consumed, 1))
+        numbers = [int(number) for number in np.linspace(0, max(self.consumed - 1, 0), count)]
+        size = min(self.config.train.micro_batch_size, count)
+        groups = [numbers[i : i + size] for i in range(0, count, size)]
+        batches = (make_batch([self._sample(number) for number in group], self.mask) for group in groups)
+        result = kept_and_dropped(self.model, self._shown(batches, len(groups), "training loss"))
+        return {**result, "sequences": count}
+
+    def _sample(self, number: int) -> Sample:
+        sample = self.stream.read(number)
+        # The reference mask is the same for every source and document.
+        return replace(sample, k=None) if self.reference else sample
+
+    def validation_losses(self) -> dict[str, Any] | None:
+        """Loss and bits per byte on validation sequences, never masked; None without validation text."""
+        sources = open_valid(self.config.data)
+        if not sources:
+            return None
+        for source in sources:
+            source.corpus.check_tokenizer(self.tokenizer)
+        stream = SampleStream(sources, self.config.data.sequence_length, self.config.data.seed)
+        loader = EvalLoader(stream, self.config.eval.sequences, self.config.train.micro_batch_size)
+        result = held_out(self.model, self._shown(loader, len(loader), "validation loss"), self.tokenizer.token_bytes)
+        return None if result is None else {**result, "sequences": loader.sequences}
+
+    def _shown(self, batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
+        """The same batches, with a progress bar."""
+        with track(total, what, "batch", enabled=self.progress) as bar:
+            for batch in batches:
+                yield batch
+                bar.advance()
+
+
+def _spent(loaded: LoadedRun) -> dict[str, int]:
+    """What the checkpoint was trained on: samples, tokens, supervised_tokens."""
+    file = loaded.run.checkpoint(loaded.step) / "state.json"
+    spent = read_json(file).get("spent")
+    keys = ("samples", "tokens", "supervised_tokens")
+    if not isinstance(spent, dict) or not all(isinstance(spent.get(key), int) for key in keys):
+        raise InputError(
+            f"{file}: does not say what was trained on (spent: {', '.join(keys)}): the checkpoint is damaged"
+        )
+    return {key: spent[key] for key in keys}
+
+
+def _drops_tokens(config: Config, sources: Sequence[SourceSpec]) -> bool:
+    """Does the run's mask drop anything: by the run's k, a source's, or (in a train.k.npy) a document's?"""
+    if any((config.goldfish.k if source.k == "default" else source.k) is not None for source in sources):
+        return True
+    return any((source.corpus.path / "train.k.npy").is_file() for source in sources)
+
+
+def _write(folder: Path, summary: dict[str, Any], records: Sequence[dict[str, Any]], view: RunView) -> None:
+    """Write the audit beside and rename it, so that a kill leaves the earlier audit or the new one."""
+    beside = folder.with_name(folder.name + ".tmp")
+    previous = folder.with_name(folder.name + ".old")
+    for leftover in (beside, previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    beside.mkdir(parents=True)
+    with open(beside / "extraction.jsonl", "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in records)
+    panels = memorization_panels([view])
+    divergence = divergence_panel(view)
+    for panel in [*panels, *([divergence] if divergence else [])]:
+        (beside / f"{panel.name}.png").write_bytes(to_png(draw(panel, "light")))
+    (beside / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # A folder that is not empty cannot be replaced in one step: the earlier audit makes way first.
+    if folder.exists():
+        os.replace(folder, previous)
+    os.replace(beside, folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """The figures of summary.json for the terminal."""
+    found = []
+    extraction = summary["extraction"]
+    if extraction is not None:
+        settings = summary["settings"]
+        table = Table(
+            title=f"{summary['run']}, step {summary['step']}: greedy extraction of canaries "
+            f"({settings['prompt_tokens']} tokens given, {settings['suffix_tokens']} asked for)",
+            title_justify="left",
+            caption="95 %: Wilson interval of the rate. LCP: tokens before the first error. ROUGE-L: F1 on token ids.",
+            caption_justify="left",
+        )
+        for heading in ("copies", "times seen", "canaries", "word for word", "95 %", "LCP", "ROUGE-L", "nats/token"):
+            table.add_column(heading, justify="right")
+        for level in extraction["levels"]:
+            table.add_row(
+                str(level["exposures"]) if level["exposures"] else "0 control",
+                f"{level['effective_exposures']:.4g}",
+                str(level["canaries"]),
+                f"{level['exact_matches']} ({level['exact_rate']:.0%})",
+                f"{level['exact_low']:.0%} - {level['exact_high']:.0%}",
+                f"{level['mean_prefix']:.1f}",
+                f"{level['mean_rouge_l']:.3f}",
+                f"{level['loss']:.3f}",
+            )
+        found.append(table)
+    losses = Table(title="loss, nothing masked", title_justify="left")
+    for heading in ("text", "tokens", "nats/token", "bits/byte"):
+        losses.add_column(heading, justify="left" if heading == "text" else "right")
+    train, valid = summary["losses"]["train"], summary["losses"]["valid"]
+    note = f" (by a k = {summary['mask']['k']} mask that was not used)" if summary["mask"]["reference"] else ""
+    for key, label in (("kept", f"training, kept tokens{note}"), ("dropped", f"training, dropped tokens{note}")):
+        if train[f"loss_{key}"] is not None:
+            losses.add_row(label, f"{train[f'tokens_{key}']:,}", f"{train[f'loss_{key}']:.4f}", "")
+    if valid is not None:
+        bits = "" if valid["bits_per_byte"] is None else f"{valid['bits_per_byte']:.4f}"
+        losses.add_row("validation", f"{valid['tokens']:,}", f"{valid['loss']:.4f}", bits)
+    found.append(losses)
+    return found

@@ -1,0 +1,276 @@
+"""The command line. Each command imports what it runs when it runs, so that `megafish --help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from megafish import __version__
+from megafish.errors import InputError
+
+app = typer.Typer(
+    help="Pretrain language models that cannot recite their training data, and prove it.",
+    epilog="First time here? Run: megafish demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(help="Settings on top of the file, e.g. optimizer.lr=3e-4 goldfish.k=null")
+]
+Step = Annotated[Optional[int], typer.Option(help="Checkpoint step (default: the latest)", min=0)]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        # A disk that is full or a file that cannot be read is the machine's state, not a defect of the program.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"megafish {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: megafish tokenizer corpus/ --output tokenizer.model --vocab-size 32000")
+def tokenizer(
+    inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
+    output: Annotated[Path, typer.Option(help="File to write, e.g. tokenizer.model")],
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids", min=300)] = 32000,
+    kind: Annotated[str, typer.Option(help="bpe or unigram")] = "bpe",
+    text_key: Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the sample it is trained on")] = 0,
+) -> None:
+    """Train a sentencepiece tokenizer that reproduces any text exactly."""
+    from megafish.data.tokenizer import train_tokenizer
+
+    trained = train_tokenizer(inputs, output, vocab_size=vocab_size, kind=kind, text_key=text_key, seed=seed, progress=True)
+    print(f"{output}: {trained.vocab_size:,} ids")
+    print(f"next: megafish prepare {' '.join(map(str, inputs))} --tokenizer {output} --output corpus")
+
+
+@app.command(
+    epilog="Example: megafish prepare wiki.jsonl.zst --tokenizer tokenizer.model --output corpus --canaries 16"
+)
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
+    output: Annotated[Path, typer.Option(help="Folder to write")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.model (sentencepiece) or tokenizer.json")],
+    text_key: Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")] = "text",
+    goldfish_k_key: Annotated[
+        Optional[str], typer.Option(help="Field that holds a document's own goldfish k (0: never drop)")
+    ] = None,
+    documents: Annotated[str, typer.Option(help="What a document is in .txt: file, line or blank-line")] = "file",
+    valid_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation", min=0, max=0.5)] = 0.01,
+    split_seed: Annotated[int, typer.Option(help="Seed of the split by document hash")] = 0,
+    canaries: Annotated[int, typer.Option(help="Canaries per exposure level (0: none)", min=0)] = 0,
+    canary_exposures: Annotated[str, typer.Option(help="Times a canary stands in the corpus; 0 is the control group")] = "0,1,2,4,8,16,32,64,128",
+    canary_tokens: Annotated[int, typer.Option(help="Tokens of a canary", min=2)] = 128,
+    canary_seed: Annotated[int, typer.Option(help="Seed of their choice and places")] = 0,
+    workers: Annotated[Optional[int], typer.Option(help="Processes (default: one a core)", min=1)] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder")] = False,
+) -> None:
+    """Turn text into Megatron .bin/.idx files with a manifest. Interrupted, it continues where it was."""
+    from megafish.data.canary import CanaryConfig
+    from megafish.data.prepare import prepare as run_prepare
+
+    chosen = None
+    if canaries:
+        chosen = CanaryConfig(
+            count=canaries, exposures=_integers(canary_exposures), tokens=canary_tokens, seed=canary_seed
+        )
+    manifest = run_prepare(
+        inputs,
+        output,
+        tokenizer,
+        text_key=text_key,
+        goldfish_k_key=goldfish_k_key,
+        documents=documents,
+        valid_fraction=valid_fraction,
+        split_seed=split_seed,
+        canaries=chosen,
+        workers=workers,
+        overwrite=overwrite,
+        progress=True,
+    )
+    for split, entry in manifest["splits"].items():
+        print(f"{output}/{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
+    print(f"next: megafish train tiny data.train={output}")
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--canary-exposures {text!r}: expected whole numbers separated by commas, e.g. 0,1,8,64") from None
+
+
+@app.command(
+    epilog="Examples: megafish train tiny data.train=corpus goldfish.k=4 | megafish train runs/tiny (continues) | "
+    "torchrun --nproc-per-node 8 --no-python megafish train 1b data.train=corpus"
+)
+def train(
+    config: Annotated[str, typer.Argument(help="Preset, YAML file, or a run directory to continue")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run directory if it holds this run already, else start it")
+    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop")] = False,
+) -> None:
+    """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
+    from megafish.config import dump_config, load_config
+    from megafish.run import RunDir
+
+    overrides = overrides or []
+    if Path(config).is_dir():
+        run = RunDir.existing(config)
+        settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
+    else:
+        settings = load_config(config, overrides)
+    if print_config:
+        print(dump_config(settings), end="")
+        return
+
+    from megafish.train.engine import stop_processes
+    from megafish.train.loop import Diverged
+    from megafish.train.loop import train as run_train
+
+    try:
+        outcome = run_train(settings, resume=resume)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    stop_processes()
+    if os.environ.get("RANK", "0") == "0":
+        where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
+        if outcome.signal is None:
+            print(f"{where}\nnext: megafish audit {outcome.run.path}")
+        else:
+            print(f"{where}; stopped by {outcome.signal.name}\nnext: megafish train {outcome.run.path}")
+    if outcome.signal is not None:
+        raise SystemExit(128 + outcome.signal)
+
+
+@app.command(epilog="Example: megafish generate runs/tiny --prompt 'def main(' --max-new-tokens 100")
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run directory")],
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Text to continue (may be given several times)")] = None,
+    prompt_file: Annotated[Optional[Path], typer.Option(help="File with one prompt a line")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy", min=0)] = 0.0,
+    top_k: Annotated[Optional[int], typer.Option(help="Sample among the k likeliest tokens", min=1)] = None,
+    top_p: Annotated[Optional[float], typer.Option(help="Sample among the likeliest tokens of this total probability", min=0, max=1)] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends a continuation (may be given several times)")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts continued at one time", min=1)] = 32,
+    step: Step = None,
+) -> None:
+    """Continue prompts with a trained model."""
+    prompts = list(prompt or [])
+    if prompt_file is not None:
+        prompts += prompt_file.read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
+
+    from megafish.decode.generate import generate_text
+    from megafish.model.load import load_run
+
+    loaded = load_run(run, step=step)
+    texts = generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    for text, continuation in zip(prompts, texts, strict=True):
+        print(text + continuation)
+    print(f"next: megafish audit {run}", file=sys.stderr)
+
+
+@app.command(epilog="Example: megafish audit runs/tiny")
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run directory")],
+    overrides: Overrides = None,
+    step: Step = None,
+) -> None:
+    """Measure what a model has memorized: extraction of canaries, loss on dropped and kept tokens, validation."""
+    from megafish.audit.audit import audit_run
+
+    audit_run(run, step=step, overrides=overrides or [])
+    print(f"next: megafish report {run}")
+
+
+@app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories")],
+    output: Annotated[
+        Optional[Path], typer.Option(help="Folder for report.html and its PNGs (default: the run, or ./report)")
+    ] = None,
+) -> None:
+    """Write a page with plots for one run, or for several side by side."""
+    from megafish.audit.report import report as write_report
+
+    page = write_report(runs, output)
+    print(f"next: open {page} in a browser")
+
+
+@app.command(epilog="Example: megafish demo --output runs/demo --seed 1")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order, canaries and mask")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Start over when the folder has a demo already")] = False,
+) -> None:
+    """Train the same small model twice, plainly and with the goldfish loss, and see which one recites its data."""
+    from megafish.demo import run_demo
+
+    run_demo(output, seed=seed, overwrite=overwrite)
+
+
+@app.command(epilog="Example: megafish schema > megafish.schema.json")
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from megafish.config import json_schema
+
+    print(json_schema())
+
+
+if __name__ == "__main__":
+    main()

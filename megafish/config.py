@@ -1,0 +1,569 @@
+"""Typed configuration: YAML file, then ``section.key=value`` overrides, then validation.
+
+Every field carries its help text, which is what ``--print-config``, the JSON schema and the error messages show.
+Unknown keys and wrong values are refused with the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from megafish.config_errors import allowed, explain, field_help
+from megafish.config_yaml import dump_yaml, overlay, parse_overrides, read_tree
+from megafish.errors import InputError
+
+
+class Section(BaseModel):
+    """A group of settings. Immutable, so that a configuration cannot drift from the file saved with its run."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError("a boolean")  # pydantic would read true as the number 1
+        return value
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+# Stored absolute, so that a run can be continued and audited from any directory.
+AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+class RopeScaling(Section):
+    """Rotary frequencies for contexts longer than the model was made for."""
+
+    type: Literal["linear", "llama3", "yarn"]
+    """linear: divide positions by `factor`; llama3: Llama 3.1's piecewise rule; yarn: Peng et al. 2023."""
+    factor: float = Field(gt=0)
+    """How many times longer the context becomes."""
+    original_max_position: int = Field(default=8192, ge=1)
+    """Context length the frequencies were made for [tokens] (llama3, yarn)."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """llama3: wavelengths above original_max_position / this are divided by `factor`."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """llama3: wavelengths below original_max_position / this are left alone."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: rotations over the original context above which a dimension is left alone."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: rotations over the original context below which a dimension is fully interpolated."""
+
+
+class ModelConfig(Section):
+    """Shape of a Llama-family decoder. Defaults give Llama; the options cover Mistral, Qwen2 and Qwen3 too."""
+
+    num_layers: int = Field(ge=1)
+    """Transformer blocks."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    num_heads: int = Field(ge=1)
+    """Query heads."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key/value heads (grouped-query attention). null: as many as num_heads."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of one head, even. null: hidden_size / num_heads."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the SwiGLU feed-forward."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Rows of the embedding. null: the tokenizer's size rounded up to a multiple of 64 (padding is never predicted)."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head too."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before RoPE (Qwen3)."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    mlp_bias: bool = False
+    """Bias on the feed-forward projections."""
+    sliding_window: int | None = Field(default=None, ge=1)
+    """Attend to at most this many tokens back, itself included (Mistral). null: the whole document."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Long-context rule for the rotary frequencies."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    depth_scaled_init: bool = True
+    """Divide the initial std of the projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: set head_dim, or "
+                "choose sizes that divide"
+            )
+        if self.resolved_head_dim % 2:
+            raise ValueError(f"head_dim={self.resolved_head_dim} is odd: rotary embeddings need pairs of dimensions")
+        if self.num_heads % self.resolved_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of one head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+class SourceConfig(Section):
+    """One corpus in the training blend."""
+
+    path: AbsolutePath
+    """A folder written by `megafish prepare`, or the prefix of a Megatron .bin/.idx pair (without the extension)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples, relative to the other sources."""
+    goldfish_k: Annotated[int, Field(ge=2)] | Literal["default"] | None = "default"
+    """Drop 1 in k for this source instead of goldfish.k; null: never drop; default: goldfish.k."""
+
+
+def _short_sources(schema: dict[str, Any]) -> None:
+    """What `DataConfig` reads as a list of sources besides one."""
+    array = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}]}}
+    for key in ("type", "items", "anyOf"):
+        schema.pop(key, None)
+    schema["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}, array, {"type": "null"}]
+
+
+class DataConfig(Section):
+    """What is read, and in which order."""
+
+    train: list[SourceConfig] = Field(default_factory=list, json_schema_extra=_short_sources)
+    """Training sources. A single path, or a list of paths, is short for sources of equal weight."""
+    valid: list[SourceConfig] | None = Field(default=None, json_schema_extra=_short_sources)
+    """Validation sources. null: the validation split of the training corpora."""
+    tokenizer: AbsolutePath | None = None
+    """tokenizer.model (sentencepiece) or tokenizer.json. null: the one stored in the training corpora."""
+    sequence_length: int = Field(default=1024, ge=8)
+    """Tokens in a sample."""
+    seed: Seed = 0
+    """Seed of the sample order."""
+    prefetch: int = Field(default=4, ge=1, le=1024)
+    """Steps whose batches are made ahead of time by the loader's thread."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, (str, dict)):
+            value = [value]
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+
+
+class GoldfishConfig(Section):
+    """Which tokens are left out of the loss (Hans et al. 2024, arXiv 2406.10209)."""
+
+    k: int | None = Field(default=4, ge=2)
+    """Drop 1 in k tokens as targets. null: plain training."""
+    h: int = Field(default=13, ge=1, le=256)
+    """Tokens of context that decide (13: the n-gram length of contamination studies)."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Seed of the hash: another seed drops another set of tokens."""
+    window: Literal["preceding", "inclusive"] = "preceding"
+    """preceding: the h tokens before the target (the paper); inclusive: the target and the h-1 before it (its code)."""
+    min_context: int | None = Field(default=None, ge=0)
+    """Keep tokens with fewer than this many before them in their document. null: h (h-1 for inclusive)."""
+    scheme: Literal["goldfish-v1", "table", "static", "random"] = "goldfish-v1"
+    """goldfish-v1: this project's hash; table: the published code's masks bit for bit; static, random: baselines."""
+    canonical: Literal["casefold"] | None = None
+    """casefold: hash ids after folding case, leading space and Unicode forms, so that near-duplicates share masks."""
+
+    @model_validator(mode="after")
+    def _scheme_takes_them(self) -> GoldfishConfig:
+        takes = {"table": ("h", "canonical"), "static": (), "random": ("seed",)}
+        if self.scheme != "goldfish-v1":
+            defaults = {"seed": 0, "min_context": None, "canonical": None}
+            for name, default in defaults.items():
+                if getattr(self, name) != default and name not in takes[self.scheme]:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning for scheme={self.scheme}: leave it at "
+                        f"{'null' if default is None else default}"
+                    )
+        return self
+
+
+class LossConfig(Section):
+    """Cross-entropy and its terms."""
+
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of (log-sum-exp)^2 per supervised token (PaLM; 1e-4 is usual)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target's probability spread over the vocabulary."""
+    chunk_tokens: int | None = Field(default=None, ge=1)
+    """Supervised tokens whose logits exist at one time. null: chosen for a logits block of about 64 MiB."""
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of the matrices; norms and biases are never decayed."""
+    decay_embeddings: bool = False
+    """Decay the embedding and the output head too."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm to this. null: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the budget (steps, tokens or supervised tokens, whichever the run is limited by)."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """cosine or linear: decay from the end of the warmup; wsd: hold, then decay at the end; constant: hold."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Linear warmup over this many steps. null: warmup_fraction."""
+    warmup_fraction: float = Field(default=0.02, ge=0, le=1)
+    """Linear warmup over this share of the budget."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Last learning rate / peak learning rate."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the budget over which the rate decays at the end."""
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+    """wsd: 1 - sqrt(x) (Haegele et al. 2024) or 1 - x."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleConfig:
+        if self.name == "wsd" and self.warmup_steps is None and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction + decay_fraction is above 1: nothing is left to hold the peak rate")
+        return self
+
+
+class TrainConfig(Section):
+    """The budget, the batch and the numbers format."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Budget in optimizer steps. Set one of steps, tokens and supervised_tokens."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Budget in input tokens."""
+    supervised_tokens: int | None = Field(default=None, ge=1)
+    """Budget in tokens that enter the loss: the fair one for comparing goldfish with plain training."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Sequences in an optimizer step, over all processes."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Sequences in one forward pass of one process."""
+    seed: Seed = 0
+    """Seed of the initial weights."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: bf16 weights and activations with fp32 master weights and reductions."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU, otherwise the CPU."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainConfig:
+        given = {k: v for k in ("steps", "tokens", "supervised_tokens") if (v := getattr(self, k)) is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"set exactly one of train.steps, train.tokens and train.supervised_tokens (given: "
+                f"{', '.join(f'{name}={value}' for name, value in given.items()) or 'none'})"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """How DeepSpeed holds the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: 0 replicates everything, 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, merged over the ones made here."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_twice(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        zero = keys.get("zero_optimization")
+        given = {*keys, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])}
+        if twice := [f"{key} (set {ours} instead)" for key, ours in _DEEPSPEED_KEYS.items() if key in given]:
+            raise ValueError(f"may not hold {', '.join(twice)}")
+        return keys
+
+
+# DeepSpeed's keys that repeat a setting of ours: two places for one number would let them disagree.
+_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+class EvalConfig(Section):
+    """Validation, never masked."""
+
+    interval: int | None = Field(default=250, ge=1)
+    """Steps between validations. null: only at the end."""
+    sequences: int = Field(default=64, ge=1)
+    """Sequences read at each validation (at most the whole split)."""
+    dropped_sequences: int = Field(default=8, ge=0)
+    """Training sequences on which the loss of dropped and kept tokens is compared at each validation. 0: never."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    interval: int | None = Field(default=500, ge=1)
+    """Steps between checkpoints. null: only at the end."""
+    keep: int | None = Field(default=3, ge=1)
+    """Keep the newest n checkpoints. null: all."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases. Needs `pip install megafish[wandb]`."""
+
+    enabled: bool = False
+    """Log to wandb."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes below the run directory and needs no account; `wandb sync` uploads it later."""
+    project: Text = "megafish"
+    """Project."""
+    entity: Text | None = None
+    """Team or user. null: wandb's default."""
+    group: Text | None = None
+    """Group of runs."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags of the run."""
+
+
+class TrackConfig(Section):
+    """What is reported, and where. metrics.jsonl in the run directory is always written."""
+
+    log_interval: int = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl and of the progress display."""
+    tensorboard: bool = False
+    """Write TensorBoard events below the run directory."""
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+class AuditConfig(Section):
+    """Extraction of canaries: can the model be made to recite?"""
+
+    prompt_tokens: int = Field(default=64, ge=1)
+    """Tokens of a canary that are given."""
+    suffix_tokens: int = Field(default=64, ge=1)
+    """Tokens that must be reproduced."""
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts continued at one time."""
+    loss_sequences: int = Field(default=64, ge=1)
+    """Training sequences on which the loss of dropped and kept tokens is measured."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, its directory and in wandb: letters, digits and . _ -, beginning with a letter or digit."""
+    run_dir: Text | None = None
+    """Where everything of the run is kept. null: runs/<name>."""
+    model: ModelConfig
+    """Shape of the model."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """What is read."""
+    goldfish: GoldfishConfig = Field(default_factory=GoldfishConfig)
+    """Which tokens are left out of the loss."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """Terms of the loss."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    train: TrainConfig
+    """Budget and batch."""
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    """DeepSpeed."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    """Reporting."""
+    audit: AuditConfig = Field(default_factory=AuditConfig)
+    """Memorization audit."""
+
+    @property
+    def run_path(self) -> Path:
+        """Directory of the run."""
+        return Path(self.run_dir).expanduser() if self.run_dir is not None else Path("runs") / self.name
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+_BUDGETS = ("steps", "tokens", "supervised_tokens")
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that ship with megafish."""
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a configuration and lay ``section.key=value`` overrides over it (values are YAML).
+
+    `source` is the path of a YAML file or the name of a preset. A file may begin with `extends: NAME-OR-PATH` and then
+    states only what differs. A budget that is given on top takes the place of the one below. Raises InputError, one
+    line with all faults.
+    """
+    tree = _read(str(source), Path(), ())
+    given = parse_overrides(overrides, _text_keys())
+    if "extends" in given:
+        raise InputError("extends belongs into a file: name the preset or file in its place on the command line")
+    return _validate(_overlay(tree, given), str(source))
+
+
+def dump_config(config: Config, *, with_help: bool = False) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal object.
+
+    `with_help` puts the help text of every key behind it.
+    """
+    if not with_help:
+        return dump_yaml(config.model_dump(mode="json"))
+    return "\n".join(_lines_with_help(config, "")) + "\n"
+
+
+def json_schema() -> str:
+    """JSON schema of a configuration file, for editors (`# yaml-language-server: $schema=...`).
+
+    Nothing is required there: a file that extends another may leave out anything.
+    """
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Preset or file that this one builds on."}
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    return json.dumps(schema, indent=2)
+
+
+def _preset_folder() -> Path:
+    """A wheel holds the presets inside the package; in a checkout (editable install) they lie beside it."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def _read(source: str, folder: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The tree of a file or preset on top of what it extends; relative paths start at `folder`."""
+    path = folder / Path(source).expanduser()
+    if not path.is_file():
+        names = preset_names()
+        if source not in names:
+            near = difflib.get_close_matches(source, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            asked = f"{readers[-1]}: extends" if readers else "no configuration"
+            raise InputError(f"{asked} {source!r}{hint}: give a YAML file that exists, or one of {', '.join(names)}")
+        path = _preset_folder() / f"{source}.yaml"
+    path = path.resolve()
+    if path in readers:
+        raise InputError(f"{path}: extends itself by way of {readers[-1]}")
+    tree = _without_empty(read_tree(path), Config)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"{path}: extends={base!r}: must be the name of a preset or the path of a YAML file")
+    return _overlay(_read(base, path.parent, (*readers, path)), tree)
+
+
+def _without_empty(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """The tree without sections that have no lines (all commented out): they change nothing below them."""
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        annotation = section.model_fields[key].annotation if key in section.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                value = _without_empty(value, annotation)
+        kept[key] = value
+    return kept
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` on top of `below`. One budget is meant: a new one takes the place of the one below."""
+    joined = overlay(below, above)
+    given = above.get("train")
+    if isinstance(given, dict) and any(given.get(name) is not None for name in _BUDGETS):
+        joined["train"].update({name: given.get(name) for name in _BUDGETS})
+    return joined
+
+
+def _validate(tree: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, Config)}") from None
+
+
+@cache
+def _text_keys() -> frozenset[str]:
+    """Keys whose value on the command line is text as it stands."""
+    return frozenset(key for key, field in field_help(Config).items() if allowed(field.annotation).startswith("text"))
+
+
+def _lines_with_help(section: Section, margin: str) -> Iterator[str]:
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield f"{margin}{name}:  # {field.description}"
+            yield from _lines_with_help(value, margin + "  ")
+        else:
+            yield f"{margin}{name}: {dump_yaml(values[name], flow=True)}  # {field.description}"

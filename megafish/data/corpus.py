@@ -1,0 +1,387 @@
+"""Corpora as streams of samples.
+
+A corpus is a folder written by `megafish prepare` (token files, manifest, tokenizer) or a bare Megatron .bin/.idx pair.
+Its documents make one stream of tokens, taken as a circle; a sample is a window of it together with what is needed to
+decide each token's fate from its document alone: a left halo, the document starts and the positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megafish.config import DataConfig, SourceConfig
+from megafish.data.indexed import IndexedDataset, file_pair
+from megafish.data.order import ORDER, Locations, SampleOrder
+from megafish.errors import InputError
+
+if TYPE_CHECKING:
+    from megafish.data.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "megafish-corpus", 1
+
+NEVER, DEFAULT = 0, -1
+"""Values of a document's k: never drop; drop as the source, or else the run, says."""
+
+
+class Window(NamedTuple):
+    """Consecutive tokens of a stream. Each field has shape [n]."""
+
+    tokens: npt.NDArray[np.int64]
+    """Ids."""
+    document_starts: npt.NDArray[np.bool_]
+    """True at the first token of a document."""
+    positions: npt.NDArray[np.int64]
+    """Tokens before this one in its document, in the window or not."""
+    k: npt.NDArray[np.int32] | None
+    """k of the token's document (0 never drop, -1 default). None: every document has the default."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence with its left context: n = halo + S + 1 tokens.
+
+    The S inputs are tokens[halo:-1] and the S targets tokens[halo+1:]; the halo decides, and is never supervised.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    """Ids [n]."""
+    document_starts: npt.NDArray[np.bool_]
+    """True at the first token of a document [n]."""
+    positions: npt.NDArray[np.int64]
+    """Tokens before this one in its document [n]."""
+    k: npt.NDArray[np.int32] | None
+    """Drop 1 in k, by token [n]: 0 never, -1 the run's default. None: the default everywhere."""
+    halo: int
+    """Tokens of left context."""
+    source: int
+    """Number of the source."""
+    number: int
+    """Number of the sample in the run."""
+
+
+class Corpus:
+    """The documents of one split.
+
+    `path`: a corpus folder, or the prefix of a .bin/.idx pair, which has no splits (`split` is then ignored). Opening
+    checks the index, and the sizes of the files against the manifest. Raises InputError.
+
+    Attributes: `data`, the IndexedDataset; `manifest`, None for a bare pair; `text_bytes`, the UTF-8 bytes of the
+    split's text, None for a bare pair; `vocab_size`, the bound of the ids, for a bare pair None until
+    `check_tokenizer`.
+    """
+
+    def __init__(self, path: str | Path, split: Literal["train", "valid"] = "train") -> None:
+        self.path = Path(path)
+        self.manifest: dict[str, Any] | None = None
+        self.vocab_size: int | None = None
+        self.text_bytes: int | None = None
+        self._files: dict[str, dict[str, Any]] = {}
+        if self.path.is_dir():
+            self._open_folder(split)
+        else:
+            self._open_pair()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream."""
+        return self.data.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the stream."""
+        return self.data.num_documents
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer stored with the corpus; None for a bare pair."""
+        return self.path / self.manifest["tokenizer"]["file"] if self.manifest else None
+
+    def window(self, start: int, length: int) -> Window:
+        """The `length` tokens from `start` on, the stream taken as a circle. Raises InputError for an unknown id."""
+        parts = []
+        start %= self.num_tokens
+        while length > 0:
+            stop = min(start + length, self.num_tokens)
+            parts.append(self._piece(start, stop))
+            length -= stop - start
+            start = 0
+        if len(parts) == 1:
+            return parts[0]
+        tokens, starts, positions = (np.concatenate([part[field] for part in parts]) for field in range(3))
+        return Window(tokens, starts, positions, None if parts[0].k is None else np.concatenate([p.k for p in parts]))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer other than the one that the corpus was made with; a bare pair takes its vocabulary on."""
+        if self.manifest is None:
+            self.vocab_size = tokenizer.vocab_size
+            return
+        expected = self.manifest["tokenizer"]
+        if tokenizer.sha256 != expected["sha256"]:
+            raise InputError(
+                f"{tokenizer.path}: not the tokenizer of {self.path}: sha256 {tokenizer.sha256[:16]}..., the manifest "
+                f"says {expected['sha256'][:16]}...: use {self.tokenizer_path} or prepare the corpus again"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the tokens and the documents' k, wherever the files lie; a checkpoint stores it.
+
+        From the manifest's hashes; for a bare pair the size of the .bin and the hash of the .idx, which is read.
+        """
+        if self.manifest is not None:
+            files = {name: entry["sha256"] for name, entry in sorted(self._files.items())}
+            return {"files": files, "tokenizer": self.manifest["tokenizer"]["sha256"]}
+        size = self.data.bin_path.stat().st_size
+        return {"bin_bytes": size, "idx_sha256": _sha256(self.data.idx_path)}
+
+    def verify(self) -> None:
+        """Read the split's files in full and compare them with the manifest's sha256; a bare pair has none."""
+        for name, entry in self._files.items():
+            found = _sha256(self.path / name)
+            if found != entry["sha256"]:
+                raise InputError(
+                    f"{self.path / name}: sha256 is {found}, the manifest says {entry['sha256']}: the file has changed "
+                    "since it was written, prepare or copy the corpus again"
+                )
+
+    def _open_folder(self, split: str) -> None:
+        manifest = self.manifest = read_manifest(self.path)
+        if split not in manifest["splits"]:
+            raise InputError(
+                f"{self.path / MANIFEST}: no split {split!r}, only {', '.join(manifest['splits']) or 'none'}: "
+                "prepare the corpus with a validation fraction, or name another corpus"
+            )
+        entry = manifest["splits"][split]
+        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
+        self.text_bytes = int(entry["bytes"])
+        self._files = entry["files"]
+        for name, known in self._files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise InputError(f"{file}: no such file, but the manifest names it: copy the whole corpus folder")
+            size = file.stat().st_size
+            if size != known["bytes"]:
+                raise InputError(
+                    f"{file}: {size} bytes, the manifest says {known['bytes']}: "
+                    + (f"truncated at byte {size}" if size < known["bytes"] else "not the file that was written")
+                    + ", prepare or copy the corpus again"
+                )
+        self.data = IndexedDataset(self.path / split)
+        if (self.num_tokens, self.num_documents) != (entry["tokens"], entry["documents"]):
+            raise InputError(
+                f"{self.data.idx_path}: {self.num_tokens} tokens in {self.num_documents} documents, the manifest says "
+                f"{entry['tokens']} in {entry['documents']}: the files belong to different corpora"
+            )
+        k_name = f"{split}.k.npy"
+        self._document_k = self._open_k(self.path / k_name) if k_name in self._files else None
+
+    def _open_pair(self) -> None:
+        bin_path, idx_path = file_pair(self.path)
+        if not idx_path.is_file() and not bin_path.is_file():
+            raise InputError(
+                f"{self.path}: neither a folder written by `megafish prepare` nor the prefix of a .bin/.idx pair"
+            )
+        self.data = IndexedDataset(self.path)
+        self._document_k = None
+
+    def _open_k(self, path: Path) -> npt.NDArray[np.int32]:
+        try:
+            document_k = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a .npy array: {error}") from None
+        if document_k.shape != (self.num_documents,) or document_k.dtype != np.int32:
+            raise InputError(
+                f"{path}: {document_k.dtype} {document_k.shape}, expected int32 ({self.num_documents},): one k for "
+                "each document"
+            )
+        return document_k
+
+    def _piece(self, start: int, stop: int) -> Window:
+        """The tokens [start, stop) of the stream, inside it."""
+        tokens = self.data.tokens[start:stop].astype(np.int64)
+        if self.vocab_size is not None and (int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0):
+            self._refuse_id(start, tokens)
+        numbers, firsts = self.data.documents_in(start, stop)
+        begins = np.maximum(firsts, start) - start
+        lengths = np.diff(begins, append=stop - start)
+        document_starts = np.zeros(stop - start, dtype=np.bool_)
+        document_starts[begins[firsts >= start]] = True
+        positions = np.arange(start, stop, dtype=np.int64) - np.repeat(firsts, lengths)
+        k = None if self._document_k is None else np.repeat(self._document_k[numbers], lengths)
+        return Window(tokens, document_starts, positions, k)
+
+    def _refuse_id(self, start: int, tokens: npt.NDArray[np.int64]) -> None:
+        at = int(np.argmax((tokens >= (self.vocab_size or 0)) | (tokens < 0)))
+        numbers, firsts = self.data.documents_in(start + at, start + at + 1)
+        raise InputError(
+            f"{self.data.bin_path}: byte {(start + at) * self.data.dtype.itemsize}: document {numbers[0]}, token "
+            f"{start + at - firsts[0]}: id {tokens[at]} is outside the vocabulary of {self.vocab_size}: the file is "
+            "damaged or was made with another tokenizer, prepare it again"
+        )
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One corpus of a blend."""
+
+    corpus: Corpus
+    """The documents."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources."""
+    k: int | Literal["default"] | None = "default"
+    """Drop 1 in k where a document has no k of its own; None: never; default: as the run says."""
+
+
+class SampleStream:
+    """The endless sequence of a run's samples over a blend of corpora. Sample n depends on (seed, n) alone.
+
+    `halo`: tokens of left context that the mask needs; it changes no sample's inputs and targets. Raises InputError
+    for a corpus shorter than a sample.
+    """
+
+    def __init__(self, sources: Sequence[SourceSpec], sequence_length: int, seed: int, halo: int = 0) -> None:
+        if not sources:
+            raise InputError("no sources to read: set data.train to at least one corpus")
+        for source in sources:
+            if source.corpus.num_tokens < sequence_length + 1:
+                raise InputError(
+                    f"{source.corpus.data.bin_path}: {source.corpus.num_tokens} tokens, one sample takes "
+                    f"{sequence_length + 1} (data.sequence_length + 1): lower data.sequence_length or add text"
+                )
+        self.sources = list(sources)
+        self.halo = halo
+        self.order = SampleOrder(
+            [source.corpus.num_tokens for source in sources],
+            [source.weight for source in sources],
+            sequence_length,
+            seed,
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """Inputs, and targets, of a sample (S)."""
+        return self.order.sequence_length
+
+    @property
+    def unique_samples(self) -> int:
+        """How many samples come before any source begins its second pass."""
+        return self.order.unique_samples
+
+    def epochs(self, consumed: int) -> list[float]:
+        """Passes made over each source once the first `consumed` samples are read."""
+        return self.order.epochs(consumed)
+
+    def locate(self, first: int, count: int) -> Locations:
+        """Where the samples first ... first + count - 1 come from."""
+        return self.order.locate(first, count)
+
+    def read(self, number: int) -> Sample:
+        """Sample `number` of the run."""
+        return self.read_at(self.locate(number, 1), 0)
+
+    def read_at(self, locations: Locations, row: int) -> Sample:
+        """The sample at a row of `locate`'s answer."""
+        which = int(locations.source[row])
+        source = self.sources[which]
+        window = source.corpus.window(int(locations.start[row]) - self.halo, self.halo + self.sequence_length + 1)
+        return Sample(
+            window.tokens,
+            window.document_starts,
+            window.positions,
+            _effective_k(window.k, source.k, len(window.tokens)),
+            self.halo,
+            which,
+            int(locations.number[row]),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the sequence of samples, for a checkpoint to store and a resume to compare (JSON types)."""
+        return {
+            "order": ORDER,
+            "seed": self.order.seed,
+            "sequence_length": self.sequence_length,
+            "sources": [
+                {"fingerprint": source.corpus.fingerprint(), "slots": slots, "k": source.k}
+                for source, slots in zip(self.sources, self.order.slots, strict=True)
+            ],
+        }
+
+
+def open_train(config: DataConfig) -> list[SourceSpec]:
+    """The training sources of a configuration."""
+    if not config.train:
+        raise InputError("data.train is empty: name a corpus (data.train=PATH), made by `megafish prepare`")
+    return [_open_source(source, "train") for source in config.train]
+
+
+def open_valid(config: DataConfig) -> list[SourceSpec]:
+    """The validation sources: those named, or else the validation splits of the training corpora that have one.
+
+    Empty where none is named and no training corpus has validation text.
+    """
+    if config.valid is not None:
+        return [_open_source(source, "valid") for source in config.valid]
+    found = []
+    for source in config.train:
+        if not Path(source.path).is_dir():
+            continue
+        split = read_manifest(Path(source.path))["splits"].get("valid")
+        if split is not None and split["tokens"] > 0:
+            found.append(_open_source(source, "valid"))
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a corpus folder. Raises InputError where it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: a folder without {MANIFEST}, not a finished corpus: run `megafish prepare`, or give the prefix "
+            "of a .bin/.idx pair"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}): prepare the corpus again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: not the manifest of a corpus (no format {FORMAT!r})")
+    if manifest.get("version") != VERSION:
+        raise InputError(f"{path}: version {manifest.get('version')!r}, this program reads version {VERSION}")
+    missing = [key for key in ("splits", "tokenizer") if not isinstance(manifest.get(key), dict)]
+    if missing:
+        raise InputError(f"{path}: no {' and no '.join(missing)}: damaged, prepare the corpus again")
+    return manifest
+
+
+def _open_source(source: SourceConfig, split: Literal["train", "valid"]) -> SourceSpec:
+    return SourceSpec(Corpus(source.path, split), source.weight, source.goldfish_k)
+
+
+def _effective_k(
+    document_k: npt.NDArray[np.int32] | None, source_k: int | Literal["default"] | None, length: int
+) -> npt.NDArray[np.int32] | None:
+    """k of each token: its document's, or else its source's."""
+    if source_k == "default":
+        return document_k
+    fallback = np.int32(NEVER if source_k is None else source_k)
+    if document_k is None:
+        return np.full(length, fallback)
+    return np.where(document_k == DEFAULT, fallback, document_k)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""The parallel half of `prepare`: documents of one unit of input to token ids, in files of its own.
+
+Runs in worker processes: imports neither torch nor anything heavy.
+
+A finished unit is three files: NUMBER.tokens (ids of all documents, each with its end-of-document token),
+NUMBER.documents (an array of `DOCUMENT`) and NUMBER.json, written last: a unit without it has not been done.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megafish.data.canary import CanaryConfig, Candidate, CandidateKeeper
+from megafish.data.indexed import optimal_dtype
+from megafish.data.readers import Document, Piece, ReadOptions, read_piece
+from megafish.data.tokenizer import Tokenizer
+from megafish.errors import InputError
+
+DOCUMENT = np.dtype([("length", "<i4"), ("bytes", "<u4"), ("k", "<i4"), ("valid", "u1"), ("digest", "<u8")])
+"""A document of a unit: its tokens (with end-of-document), UTF-8 bytes, k, whether it is validation, identity."""
+
+_BATCH_CHARS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What the ids of a document depend on, beside its text and the tokenizer."""
+
+    read: ReadOptions
+    valid_fraction: float
+    split_seed: int
+    canaries: CanaryConfig | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A finished unit, as read back by `finished_unit`."""
+
+    tokens: int
+    documents: int
+    pieces: list[int]
+    """Documents of each of its pieces."""
+    candidates: list[Candidate]
+
+
+def encode_unit(
+    folder: Path,
+    number: int,
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Read and encode the documents of `pieces` and leave the unit's files in `folder`.
+
+    `on_bytes` is told the bytes of input that are done. Memory: a batch of about 1 MiB of text, or one document.
+    """
+    keeper = None
+    if options.canaries is not None and options.canaries.file is None:
+        keeper = CandidateKeeper(options.canaries, tokenizer)
+    encoder = _Encoder(tokenizer, options, keeper)
+    counts = []
+    names = [unit_file(folder, number, kind) for kind in ("tokens", "documents", "json")]
+    beside = [name.with_name(f"{name.name}.{os.getpid()}.tmp") for name in names]
+    with disk(folder):
+        try:
+            with open(beside[0], "wb") as tokens_file, open(beside[1], "wb") as documents_file:
+                for piece in pieces:
+                    before, reported = encoder.documents, 0
+                    for batch in _batches(read_piece(piece, options.read)):
+                        encoder.write(batch, piece.file.path, tokens_file, documents_file)
+                        # Compressed files say nothing of how much text is left: what has been read stands for it.
+                        done = min(piece.size, reported + sum(len(document.text) for document in batch))
+                        on_bytes(done - reported)
+                        reported = done
+                    on_bytes(piece.size - reported)
+                    counts.append(encoder.documents - before)
+            summary = {
+                "tokens": encoder.tokens,
+                "documents": encoder.documents,
+                "pieces": counts,
+                "candidates": [asdict(candidate) for candidate in keeper.candidates()] if keeper is not None else [],
+            }
+            beside[2].write_text(json.dumps(summary), encoding="utf-8")
+            for source, target in zip(beside, names, strict=True):
+                os.replace(source, target)
+        finally:
+            for path in beside:
+                path.unlink(missing_ok=True)
+
+
+def unit_file(folder: Path, number: int, kind: str) -> Path:
+    """Path of one of a unit's files: tokens, documents or json."""
+    return folder / f"{number:08d}.{kind}"
+
+
+def finished_unit(folder: Path, number: int, itemsize: int) -> Unit | None:
+    """The unit if all of its files are there and whole, else None. `itemsize`: bytes of a token."""
+    try:
+        summary = json.loads(unit_file(folder, number, "json").read_text(encoding="utf-8"))
+        sizes = [unit_file(folder, number, kind).stat().st_size for kind in ("tokens", "documents")]
+        if sizes != [summary["tokens"] * itemsize, summary["documents"] * DOCUMENT.itemsize]:
+            return None
+        candidates = [Candidate(**candidate) for candidate in summary["candidates"]]
+        return Unit(summary["tokens"], summary["documents"], summary["pieces"], candidates)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def text_hash(data: bytes, seed: int) -> tuple[int, int]:
+    """Two independent 64-bit hashes of a document's UTF-8 text: one decides its split, one is its identity."""
+    digest = hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Turn the failures of writing below `folder` into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(
+                f"{folder}: no space left on the disk; free some and start again: what is done is kept"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise
+
+
+class _Encoder:
+    """Turns batches of documents into rows of the unit's files."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions, keeper: CandidateKeeper | None) -> None:
+        self.tokens = 0
+        self.documents = 0
+        self._tokenizer = tokenizer
+        self._options = options
+        self._keeper = keeper
+        self._threshold = round(options.valid_fraction * 2**64)
+        self._dtype = optimal_dtype(tokenizer.vocab_size)
+        self._end = np.array([tokenizer.eos_id], dtype=np.int32)
+
+    def write(self, batch: list[Document], path: str, tokens_file: IO[bytes], documents_file: IO[bytes]) -> None:
+        encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        rows = np.empty(len(batch), dtype=DOCUMENT)
+        stream: list[npt.NDArray[Any]] = []
+        for row, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
+            data = document.text.encode("utf-8")
+            split, digest = text_hash(data, self._options.split_seed)
+            rows[row] = (len(ids) + 1, len(data), document.k, split < self._threshold, digest)
+            stream += (ids, self._end)
+            if self._keeper is not None:
+                self._keeper.offer(digest, ids, path)
+        tokens = np.concatenate(stream).astype(self._dtype)
+        tokens_file.write(tokens.data)
+        documents_file.write(rows.data)
+        self.tokens += len(tokens)
+        self.documents += len(batch)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

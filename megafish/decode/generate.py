@@ -1,0 +1,176 @@
+"""Continue prompts: greedy or sampled, in batches, with a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megafish.data.tokenizer import Tokenizer
+from megafish.errors import InputError
+from megafish.model.transformer import KVCache, Transformer
+from megafish.progress import Track, track
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str | int] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[list[int]]:
+    """The new tokens of each prompt, in the order of the prompts.
+
+    temperature 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature), limited to the
+    top_k most probable ones and to the smallest set whose probability reaches top_p (Holtzman et al. 2020). A continuation
+    ends before the tokenizer's end-of-text token, before a stop id, before the first occurrence of a stop string, or after
+    max_new_tokens. What prompt i yields depends on (seed, i) and not on the batch it is in, up to rounding in the matrix
+    products.
+
+    tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal.
+    Raises InputError for an empty prompt, an id outside the vocabulary and values out of range.
+    """
+    sampler = Sampler(temperature, top_k, top_p)
+    if max_new_tokens < 1 or batch_size < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
+    _check_prompts(prompts, model.vocab_size)
+    ending = _Ending(tokenizer, stop or ())
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
+    results: list[list[int]] = [[] for _ in prompts]
+    with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            _generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar)
+    return results
+
+
+class Sampler:
+    """Chooses the next tokens from logits."""
+
+    def __init__(self, temperature: float, top_k: int | None, top_p: float | None) -> None:
+        if not temperature >= 0:
+            raise InputError(f"temperature={temperature}: must be 0 (the most probable token) or above")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k={top_k}: must be at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise InputError(f"top_p={top_p}: must be above 0 and at most 1")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], by inversion of the cumulative distribution."""
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            values, ids = values[:, : self.top_k], ids[:, : self.top_k]
+        cumulative = torch.softmax(values.double() / self.temperature, dim=-1).cumsum(-1)
+        if self.top_p is not None:
+            # Tokens up to and including the one that reaches top_p.
+            last = (cumulative < self.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
+        else:
+            last = torch.full_like(ids[:, :1], cumulative.shape[1] - 1)
+        mass = cumulative.gather(1, last)
+        place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(last)
+        return ids.gather(1, place).squeeze(1)
+
+
+class _Ending:
+    """When a continuation is over."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str | int]) -> None:
+        self.ids = {item for item in stop if isinstance(item, int)}
+        self.strings = [item for item in stop if isinstance(item, str)]
+        if tokenizer is not None:
+            self.ids.add(tokenizer.eos_id)
+        elif self.strings:
+            raise InputError(f"stop={self.strings}: stop strings need a tokenizer")
+        if "" in self.strings:
+            raise InputError("stop: an empty string would end every continuation at once")
+        self.tokenizer = tokenizer
+        # A token of text has at least one byte, so a string that has just been completed lies within this many tokens.
+        self.tail = max((len(item.encode()) for item in self.strings), default=0) + 4
+
+    def cut(self, tokens: list[int]) -> int | None:
+        """Length that remains if `tokens` is over with its last token, otherwise None."""
+        if tokens[-1] in self.ids:
+            return len(tokens) - 1
+        if not self.strings:
+            return None
+        assert self.tokenizer is not None
+        tail = self.tokenizer.decode(tokens[-self.tail :])
+        if not any(item in tail for item in self.strings):
+            return None
+        text = self.tokenizer.decode(tokens)
+        places = [place for item in self.strings if (place := text.find(item)) >= 0]
+        if not places:
+            return None
+        remaining = len(tokens)
+        while remaining and len(self.tokenizer.decode(tokens[:remaining])) > min(places):
+            remaining -= 1
+        return remaining
+
+
+def _generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    max_new_tokens: int,
+    sampler: Sampler,
+    ending: _Ending,
+    seed: int,
+    results: list[list[int]],
+    bar: Track,
+) -> None:
+    """Continue the prompts `rows`, which fit one batch, into `results`."""
+    weight = model.embedding.weight
+    device = weight.device
+    lengths = [len(prompts[i]) for i in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for row, i in enumerate(rows):
+        tokens[row, : lengths[row]] = torch.as_tensor(prompts[i], dtype=torch.int64)
+    # All random numbers of a prompt come from its own stream, drawn ahead, so that its neighbours cannot shift them.
+    uniform = torch.from_numpy(
+        np.stack([np.random.Generator(np.random.Philox([seed, i])).random(max_new_tokens) for i in rows])
+    ).to(device)
+    capacity = max(lengths) + max_new_tokens
+    cache = KVCache(model.config, len(rows), capacity, device=device, dtype=weight.dtype)
+    cache.expect(torch.tensor(lengths))
+    logits = model(tokens.to(device), cache=cache, last_only=True)
+    active = list(rows)
+    for count in range(max_new_tokens):
+        chosen = sampler.choose(logits[:, 0, : model.vocab_size], uniform[:, count])
+        kept: list[int] = []
+        for row, (i, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            results[i].append(token)
+            remaining = ending.cut(results[i])
+            if remaining is None and count + 1 < max_new_tokens:
+                kept.append(row)
+                continue
+            if remaining is not None:
+                del results[i][remaining:]
+            bar.advance()
+        if not kept:
+            return
+        if len(kept) < len(active):
+            chosen, uniform = chosen[kept], uniform[kept]
+            cache.select(torch.tensor(kept, device=device))
+            active = [active[row] for row in kept]
+        logits = model(chosen[:, None], cache=cache, last_only=True)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise InputError(f"prompt {i} is empty: give at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            raise InputError(f"prompt {i} holds id {low if low < 0 else high}, the vocabulary has 0 to {vocab_size - 1}")

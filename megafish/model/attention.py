@@ -1,0 +1,163 @@
+"""Causal attention that never crosses a document, by whichever kernel is there.
+
+flash-attn's varlen kernel where it is installed, torch's own (torch.nn.attention.varlen, torch >= 2.10) otherwise, both on
+CUDA in half precision; scaled_dot_product_attention everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a batch see which: made once per batch by `layout`, shared by all blocks.
+
+    cu_seqlens and max_seqlen are set for the variable-length kernels; mask (additive, [b or 1, 1, S, S]) for SDPA when plain
+    causality is not enough.
+    """
+
+    window: int | None
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int = 0
+    mask: torch.Tensor | None = None
+
+
+def layout(
+    batch: int,
+    length: int,
+    *,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Layout:
+    """Attention layout of a packed batch of `batch` rows of `length` tokens.
+
+    cu_seqlens: int32 [documents + 1], offsets of the documents in the flattened batch; every row starts a document. None: each
+    row is one document. max_seqlen: the longest document (defaults to `length`, an upper bound that is always safe).
+    """
+    if window is not None and window >= length:
+        window = None
+    if _varlen_kernel(device.type, dtype) is not None:
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        return Layout(window, cu_seqlens=cu_seqlens.to(device), max_seqlen=max_seqlen or length)
+    one_document_per_row = cu_seqlens is None or cu_seqlens.numel() == batch + 1
+    if one_document_per_row and window is None:
+        return Layout(None)
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    allowed = (distance >= 0)[None]
+    if window is not None:
+        allowed = allowed & (distance < window)
+    if not one_document_per_row:
+        assert cu_seqlens is not None
+        starts = torch.zeros(batch * length, dtype=torch.int32, device=device)
+        starts[cu_seqlens[:-1].to(device).long()] = 1
+        document = starts.cumsum(0).view(batch, length)
+        allowed = allowed & (document[:, :, None] == document[:, None, :])
+    return Layout(window, mask=_additive(allowed[:, None], dtype))
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: Layout) -> torch.Tensor:
+    """softmax(query key^T / sqrt(head_dim)) value within each document.
+
+    query [b, S, H, head_dim]; key, value [b, S, H_kv, head_dim] with H a multiple of H_kv; returns [b, S, H, head_dim].
+    """
+    kernel = _varlen_kernel(query.device.type, query.dtype)
+    if kernel is not None and where.cu_seqlens is not None:
+        flat = [x.flatten(0, 1) for x in (query, key, value)]
+        return kernel(*flat, where.cu_seqlens, where.max_seqlen, where.window).view_as(query)
+    return _sdpa(query, key, value, where.mask, causal=where.mask is None)
+
+
+def attend_cached(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, L, H_kv, head_dim].
+
+    A query sees the cache entries up to and including its own position; later ones may hold anything finite.
+    """
+    distance = positions[:, :, None] - torch.arange(key.shape[1], device=key.device)
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    return _sdpa(query, key, value, _additive(allowed[:, None], query.dtype), causal=False)
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where allowed, -inf elsewhere. Made once, because SDPA would convert a boolean mask anew in every block."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    grouped = query.shape[2] != key.shape[2]
+    out = scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2)
+
+
+Kernel = Callable[..., torch.Tensor]
+
+
+@cache
+def _varlen_kernel(device_type: str, dtype: torch.dtype) -> Kernel | None:
+    """kernel(q, k, v, cu_seqlens, max_seqlen, window) over [tokens, heads, head_dim], or None where there is none."""
+    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return _flash_attn_kernel() or _torch_kernel()
+
+
+def _flash_attn_kernel() -> Kernel | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def kernel(q: Any, k: Any, v: Any, cu_seqlens: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+        # flash-attn counts the tokens to the left of the query, the configuration counts the query too.
+        left = -1 if window is None else window - 1
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, window_size=(left, 0)
+        )
+
+    return kernel
+
+
+def _torch_kernel() -> Kernel | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    def kernel(q: Any, k: Any, v: Any, cu_seqlens: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+        left = -1 if window is None else window - 1
+        return varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            window_size=(left, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    return kernel

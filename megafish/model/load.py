@@ -1,0 +1,150 @@
+"""Weights on disk: one model.safetensors in a checkpoint folder, written and read whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megafish.config import Config
+from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.errors import InputError
+from megafish.model.transformer import Transformer
+from megafish.run import RunDir, read_json
+
+WEIGHTS = "model.safetensors"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with everything needed to use it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    run: RunDir
+
+
+def save_weights(model: Transformer | Mapping[str, torch.Tensor], folder: str | Path) -> Path:
+    """Write model.safetensors into `folder` (made if missing) and return its path.
+
+    Tensors keep their dtype. A tensor that stands under two names (tied embeddings) is written once, under the first. The file
+    appears only when it is complete.
+    """
+    state = model.state_dict() if isinstance(model, Transformer) else model
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        tensors[name] = tensor.detach().cpu().contiguous()
+    path = Path(folder) / WEIGHTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def load_weights(model: Transformer, folder: str | Path) -> None:
+    """Read `folder`/model.safetensors into the model: every tensor must be there with the right shape.
+
+    The values are copied into the model's own tensors (its dtype and device); a model on the meta device takes over the
+    stored tensors, on the CPU and in their stored dtype. Raises InputError for a missing or damaged file, and for tensors
+    that are missing, unknown or of another shape.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: missing: name a folder that holds the weights of a checkpoint")
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): the file is damaged") from None
+    parameters = dict(model.named_parameters())  # a tied weight is listed once, under its first name
+    _check_names(path, parameters, stored)
+    with torch.no_grad():
+        if any(parameter.is_meta for parameter in parameters.values()):
+            model.load_state_dict(stored, assign=True, strict=False)
+            model.tie()
+        else:
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+
+
+def _check_names(path: Path, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    missing = [name for name in wanted if name not in stored]
+    unknown = [name for name in stored if name not in wanted]
+    if missing or unknown:
+        parts = [f"{len(names)} tensors {what} ({names[0]} first)" for what, names in
+                 (("missing", missing), ("not of this model", unknown)) if names]
+        raise InputError(f"{path}: {', '.join(parts)}: the weights are of a model of another shape (section model)")
+    for name, tensor in wanted.items():
+        if tensor.shape != stored[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {list(stored[name].shape)}, the model needs {list(tensor.shape)}: the weights are "
+                "of a model of another shape (section model, or another tokenizer)"
+            )
+
+
+def load_run(path: str | Path, step: int | None = None, device: str | torch.device | None = None) -> LoadedRun:
+    """Model, tokenizer and configuration of a run.
+
+    path: the run directory, or a checkpoint folder inside it (RUN/checkpoints/step_00001000). step: which checkpoint, default
+    the latest. device: default CUDA where there is a GPU. The model is in evaluation mode and in its stored dtype.
+    Raises InputError when anything is missing or does not fit.
+    """
+    folder = Path(path)
+    if folder.parent.name == "checkpoints" and not (folder / "config.yaml").exists():
+        run = RunDir.existing(folder.resolve().parent.parent)
+        if step is not None and folder.name != run.checkpoint(step).name:
+            raise InputError(f"{path} is one checkpoint, but step {step} is asked for: name the run directory")
+        if not folder.is_dir():
+            raise InputError(f"{path}: no such checkpoint: there are steps {run.steps()}")
+    else:
+        run = RunDir.existing(folder)
+        folder = _checkpoint_folder(run, step)
+    config = run.load_config()
+    state = read_json(folder / STATE)
+    if not isinstance(state.get("step"), int):
+        raise InputError(f"{folder / STATE}: holds no step: the checkpoint is damaged")
+    tokenizer = load_tokenizer(find_tokenizer(config))
+    with torch.device("meta"):
+        model = Transformer(config.model, tokenizer.vocab_size, loss=config.loss)
+    load_weights(model, folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LoadedRun(model.to(device).eval(), tokenizer, config, state["step"], run)
+
+
+def _checkpoint_folder(run: RunDir, step: int | None) -> Path:
+    if step is None:
+        latest = run.latest()
+        if latest is None:
+            raise InputError(f"{run.path}: no checkpoint yet: train for at least checkpoint.interval steps")
+        return latest
+    if step not in run.steps():
+        raise InputError(f"{run.path}: no checkpoint of step {step}: there are {run.steps() or 'none'}")
+    return run.checkpoint(step)
+
+
+def find_tokenizer(config: Config) -> Path:
+    """The tokenizer a run was trained with: data.tokenizer, or the one stored in its first corpus folder."""
+    if config.data.tokenizer is not None:
+        return Path(config.data.tokenizer)
+    for source in config.data.train:
+        manifest = Path(source.path) / "manifest.json"
+        if manifest.is_file():
+            return manifest.parent / str(read_json(manifest).get("tokenizer", {}).get("file", "tokenizer.model"))
+    paths = ", ".join(source.path for source in config.data.train) or "none"
+    raise InputError(f"no tokenizer: data.tokenizer is null and none of the training corpora ({paths}) holds one")

@@ -1,0 +1,402 @@
+"""A Llama-family decoder made for pretraining: fused projections, packed documents, a loss that skips what is not supervised."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megafish.config import LossConfig, ModelConfig
+from megafish.errors import InputError
+from megafish.model.attention import Layout, attend, attend_cached, layout
+from megafish.model.rope import RotaryTable, rotate
+from megafish_kernels import linear_cross_entropy
+
+IGNORE = -100
+"""Target of a position that is never supervised."""
+
+
+class LossOutput(NamedTuple):
+    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms] / denominator. ce_sum: detached fp32 scalar,
+    the sum of plain cross-entropy [nats] over the kept tokens."""
+
+    loss: torch.Tensor
+    ce_sum: torch.Tensor
+
+
+class Initializer:
+    """Weights as a function of (seed, parameter name) alone: the same for any world size, ZeRO stage and device."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float, real_rows: int | None = None) -> nn.Parameter:
+        """Parameter with independent normal entries of this std, fp32; rows from real_rows on are zero."""
+        if torch.get_default_device().type == "meta":
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= std
+        if real_rows is not None:
+            values[real_rows:] = 0.0
+        # from_numpy: deepspeed.zero.Init rounds what torch's own factories return to the training precision.
+        return nn.Parameter(torch.from_numpy(values).to(torch.get_default_device()))
+
+    def constant(self, shape: tuple[int, ...], value: float) -> nn.Parameter:
+        """Parameter filled with one value, fp32."""
+        return nn.Parameter(torch.full(shape, value, dtype=torch.float32))
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with weight [out, in]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of `batch` rows of up to `capacity` tokens, each row with its own length.
+
+    A forward pass with n new tokens a row appends them after each row's length. Rows may be padded on the right: call
+    `expect(counts)` before, and only counts[i] of row i's n tokens are counted (the rest is overwritten later).
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_layers, batch, capacity, config.resolved_kv_heads, config.resolved_head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.counts: torch.Tensor | None = None
+        self.used = 0
+
+    def expect(self, counts: torch.Tensor) -> None:
+        """Number of real tokens (at least 1) of each row in the next forward pass, int64 [batch]."""
+        self.counts = counts.to(self.lengths)
+
+    def positions(self, new: int) -> torch.Tensor:
+        """Positions of the next `new` tokens of each row, int64 [batch, new]."""
+        if self.used + new > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens a row, {self.used + new} are needed")
+        return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far."""
+        rows = torch.arange(key.shape[0], device=key.device)[:, None]
+        filled = self.used + key.shape[1]
+        self.keys[layer, rows, positions] = key
+        self.values[layer, rows, positions] = value
+        return self.keys[layer, :, :filled], self.values[layer, :, :filled]
+
+    def advance(self, new: int) -> torch.Tensor:
+        """Count the tokens just stored; returns the index of each row's last real one among them, int64 [batch]."""
+        counts = self.counts if self.counts is not None else torch.full_like(self.lengths, new)
+        self.lengths = self.lengths + counts
+        self.counts = None
+        self.used += new
+        return counts - 1
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows (int64 indices), in this order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+        self.used = int(self.lengths.max())
+
+
+class Step(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    where: Layout | None
+    cache: KVCache | None = None
+    positions: torch.Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.sliding_window
+        self.head_dim = config.resolved_head_dim
+        self.heads, self.kv_heads = config.num_heads, config.resolved_kv_heads
+        name, width = f"blocks.{layer}.attention", config.hidden_size
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        bias = init.constant((rows,), 0.0) if config.qkv_bias else None
+        self.qkv = Linear(init.normal(f"{name}.qkv.weight", (rows, width), config.init_std), bias)
+        inner = self.heads * self.head_dim
+        self.out = Linear(init.normal(f"{name}.out.weight", (width, inner), _residual_std(config)))
+        if config.qk_norm:
+            self.q_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
+            self.k_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x [b, S, D] -> [b, S, D], or [n, D] for the given flat rows only."""
+        heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, step.cos, step.sin), rotate(key, step.cos, step.sin)
+        if step.cache is not None:
+            assert step.positions is not None
+            key, value = step.cache.append(self.layer, key, value, step.positions)
+            mixed = attend_cached(query, key, value, step.positions, self.window)
+        else:
+            assert step.where is not None
+            mixed = attend(query, key, value, step.where)
+        mixed = mixed.flatten(-2)
+        if rows is not None:
+            mixed = mixed.flatten(0, 1).index_select(0, rows)
+        return self.out(mixed)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) with one projection for gate and up."""
+
+    def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
+        super().__init__()
+        name, width, inner = f"blocks.{layer}.feed_forward", config.hidden_size, config.intermediate_size
+        biases = (init.constant((2 * inner,), 0.0), init.constant((width,), 0.0)) if config.mlp_bias else (None, None)
+        self.gate_up = Linear(init.normal(f"{name}.gate_up.weight", (2 * inner, width), config.init_std), biases[0])
+        self.down = Linear(init.normal(f"{name}.down.weight", (width, inner), _residual_std(config)), biases[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        self.attention = Attention(config, layer, init)
+        self.feed_forward_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        self.feed_forward = FeedForward(config, layer, init)
+
+    def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x [b, S, D] -> [b, S, D]. With `rows` (int64 indices into the flattened batch), only those rows come out, as [n, D]:
+        what follows the attention is not computed for the others."""
+        mixed = self.attention(self.attention_norm(x), step, rows)
+        x = mixed + (x if rows is None else x.flatten(0, 1).index_select(0, rows))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors: weight [padded vocabulary, D]."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class LossHead(nn.Module):
+    """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its forward."""
+
+    def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig) -> None:
+        super().__init__()
+        self.weight = weight
+        self.vocab_size = vocab_size
+        self.loss = loss
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        denominator: float | torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor | LossOutput:
+        """hidden [..., D]. Without targets: fp32 logits [..., padded V]. With targets [...]: LossOutput, or with per_token the
+        plain cross-entropy fp32 [...] in nats, 0 at ignored positions."""
+        if targets is None:
+            return F.linear(hidden, self.weight).float()
+        if per_token:
+            return linear_cross_entropy(
+                hidden,
+                self.weight,
+                targets,
+                reduction="none",
+                vocab_size=self.vocab_size,
+                chunk_tokens=self.loss.chunk_tokens,
+            )
+        plain = self.loss.z_loss == 0.0 and self.loss.label_smoothing == 0.0
+        result = linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            reduction="sum",
+            z_loss=self.loss.z_loss,
+            label_smoothing=self.loss.label_smoothing,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.loss.chunk_tokens,
+            return_stats=not plain,
+        )
+        kept = targets != IGNORE
+        if denominator is None:
+            denominator = kept.sum().clamp(min=1)
+        if plain:
+            return LossOutput(result / denominator, result.detach())
+        total, stats = result
+        with torch.no_grad():
+            target_rows = F.embedding(targets.clamp(min=0), self.weight)
+            target_logit = (hidden.float() * target_rows.float()).sum(-1)
+            ce_sum = torch.where(kept, stats.lse - target_logit, 0.0).sum()
+        return LossOutput(total / denominator, ce_sum)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model of the shape `config`.
+
+    vocab_size: real vocabulary (the tokenizer's); the embedding has config.vocab_size rows, or vocab_size rounded up to a
+    multiple of 64. Padding rows are zero and take no part in the loss. The weights depend on (seed, parameter name) only.
+    Raises InputError if config.vocab_size is smaller than vocab_size.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        loss: LossConfig | None = None,
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = config.vocab_size if config.vocab_size is not None else -(-vocab_size // 64) * 64
+        if self.padded_vocab_size < vocab_size:
+            raise InputError(
+                f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}: "
+                "raise it or set it to null"
+            )
+        self.activation_checkpointing = activation_checkpointing
+        init = Initializer(seed)
+        shape = (self.padded_vocab_size, config.hidden_size)
+        self.embedding = Embedding(init.normal("embedding.weight", shape, config.init_std, vocab_size))
+        self.blocks = nn.ModuleList(Block(config, layer, init) for layer in range(config.num_layers))
+        self.norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        head_weight = (
+            self.embedding.weight
+            if config.tie_embeddings
+            else init.normal("head.weight", shape, config.init_std, vocab_size)
+        )
+        self.head = LossHead(head_weight, vocab_size, loss if loss is not None else LossConfig())
+        self._rotary = RotaryTable(config)
+
+    def tie(self) -> None:
+        """Share the embedding with the head again after its tensor was replaced (no effect unless the model ties them)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        targets: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        denominator: float | torch.Tensor | None = None,
+        per_token: bool = False,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor | LossOutput:
+        """Loss, per-token loss or logits of tokens int64 [b, S].
+
+        targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out of the
+        loss (not used with per_token). cu_seqlens: int32 [documents + 1], offsets of the documents in the flattened batch,
+        which attention never crosses (None: a row is a document); max_seqlen: the longest of them.
+        denominator: what the summed loss is divided by (default: the number of kept tokens).
+
+        Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without targets
+        the logits fp32 [b, S, padded vocabulary], [b, 1, ...] with last_only. With a cache the tokens follow what it holds.
+        """
+        step = self._step(tokens, cu_seqlens, max_seqlen, cache)
+        rows: torch.Tensor | None = None
+        if targets is not None and not per_token:
+            if drop is not None:
+                targets = targets.masked_fill(drop, IGNORE)
+            # On a CPU the kept rows can be counted without waiting for a device, so that what comes after the last
+            # attention is computed for them alone.
+            if tokens.device.type == "cpu":
+                rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+                targets = targets.flatten().index_select(0, rows)
+        x = self.embedding(tokens)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            wanted = rows if layer == last else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, step, wanted, use_reentrant=False)
+            else:
+                x = block(x, step, wanted)
+        if cache is not None:
+            ends = cache.advance(tokens.shape[1])
+        if last_only:
+            x = x[torch.arange(len(x), device=x.device), ends][:, None] if cache is not None else x[:, -1:]
+        return self.head(self.norm(x), targets, denominator, per_token)
+
+    def _step(
+        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None, cache: KVCache | None
+    ) -> Step:
+        batch, length = tokens.shape
+        device = tokens.device
+        if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")
+            positions = cache.positions(length)
+            cos, sin = self._rotary.get(cache.keys.shape[2], device)
+            return Step(cos[positions, None], sin[positions, None], None, cache, positions)
+        # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key of
+        # another document, so counting anew in every document would give the same.
+        cos, sin = self._rotary.get(length, device)
+        where = layout(
+            batch,
+            length,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            window=self.config.sliding_window,
+            device=device,
+            dtype=self.norm.weight.dtype,
+        )
+        return Step(cos[:, None], sin[:, None], where)
+
+
+def _residual_std(config: ModelConfig) -> float:
+    """Initial std of a projection into the residual stream."""
+    return config.init_std / math.sqrt(2 * config.num_layers) if config.depth_scaled_init else config.init_std

@@ -1,0 +1,131 @@
+"""What a run reads, opened and checked together: tokenizer, corpora, mask, and the loaders of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megafish.config import Config
+from megafish.data.corpus import SampleStream, SourceSpec, open_train, open_valid
+from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, StepBatch
+from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.errors import InputError
+from megafish.objective.goldfish import GoldfishMask
+from megafish.train.engine import Processes
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of one run, as one process sees it."""
+
+    config: Config
+    processes: Processes
+    tokenizer: Tokenizer
+    mask: GoldfishMask
+    stream: SampleStream
+    loader: Loader
+    valid: EvalLoader | None
+    """None where no corpus has validation text."""
+    seen: EvalLoader | None
+    """The first training sequences, masked: on them the loss of dropped and kept tokens is compared."""
+
+    @property
+    def batch_samples(self) -> int:
+        """Sequences of a step, over all processes."""
+        return self.config.train.global_batch_size
+
+    @property
+    def batch_tokens(self) -> int:
+        """Input tokens of a step, over all processes."""
+        return self.batch_samples * self.config.data.sequence_length
+
+    @cached_property
+    def token_bytes(self) -> torch.Tensor:
+        """UTF-8 bytes that each token stands for, int64 [vocabulary]."""
+        return torch.from_numpy(np.ascontiguousarray(self.tokenizer.token_bytes))
+
+    def identity(self) -> dict[str, Any]:
+        """Mask and samples, as a checkpoint stores them and a resume compares them (JSON types)."""
+        return {"mask": self.mask.describe(), "data": self.stream.describe()}
+
+    def epoch(self, consumed: int) -> float:
+        """Passes over the data once `consumed` samples are read; over the most repeated source where there are several."""
+        return max(self.stream.epochs(consumed))
+
+    def steps(self, consumed: int) -> Iterator[StepBatch]:
+        """This process's batches from sample `consumed` on."""
+        return self.loader.steps(consumed)
+
+    def count(self, batch: StepBatch, stop: bool) -> tuple[int, int, int, bool]:
+        """(kept tokens, dropped tokens, UTF-8 bytes of the kept tokens, whether any process was asked to stop).
+
+        Sums over all processes, in the one collective that a step needs before its first backward pass: the number of
+        kept tokens follows from the token ids, so the global mean's denominator is known ahead.
+        """
+        target_bytes = sum(
+            int(self.token_bytes[micro.targets[(micro.targets != IGNORE) & ~micro.drop]].sum())
+            for micro in batch.micro_batches
+        )
+        numbers = torch.tensor([batch.kept, batch.dropped, target_bytes, int(stop)], device=self.processes.device)
+        dist.all_reduce(numbers)
+        kept, dropped, target_bytes, stops = numbers.tolist()
+        return kept, dropped, target_bytes, stops > 0
+
+    def to_model(self, batch: Batch) -> dict[str, Any]:
+        """A micro-batch as keyword arguments of the model's forward, on this process's device."""
+        device = self.processes.device
+        move = {"device": device, "non_blocking": True}
+        return {
+            "tokens": batch.tokens.to(**move),
+            "targets": batch.targets.to(**move),
+            "drop": batch.drop.to(**move),
+            "cu_seqlens": batch.cu_seqlens.to(**move),
+            "max_seqlen": batch.max_seqlen,
+        }
+
+
+def open_data(config: Config, processes: Processes) -> TrainingData:
+    """Open everything that `config` names. Raises InputError for what is missing, damaged or does not fit."""
+    train, valid = open_train(config.data), open_valid(config.data)
+    tokenizer = _open_tokenizer(config, train)
+    for source in (*train, *valid):
+        source.corpus.check_tokenizer(tokenizer)
+    mask = GoldfishMask(config.goldfish, tokenizer)
+    length, batch = config.data.sequence_length, config.train.micro_batch_size
+    stream = SampleStream(train, length, config.data.seed, mask.halo)
+    ranks = (processes.rank, processes.world_size)
+    seen = valid_loader = None
+    masked = config.goldfish.k is not None or any(source.k not in ("default", None) for source in train)
+    if masked and config.eval.dropped_sequences:
+        seen = EvalLoader(stream, config.eval.dropped_sequences, batch, *ranks, mask=mask)
+    if valid:
+        valid_stream = SampleStream(valid, length, seed=0)
+        valid_loader = EvalLoader(valid_stream, config.eval.sequences, batch, *ranks)
+    return TrainingData(
+        config,
+        processes,
+        tokenizer,
+        mask,
+        stream,
+        Loader(stream, mask, batch, config.train.global_batch_size, *ranks, prefetch=config.data.prefetch),
+        valid_loader,
+        seen,
+    )
+
+
+def _open_tokenizer(config: Config, train: list[SourceSpec]) -> Tokenizer:
+    if config.data.tokenizer is not None:
+        return load_tokenizer(config.data.tokenizer)
+    for source in train:
+        if source.corpus.tokenizer_path is not None:
+            return load_tokenizer(source.corpus.tokenizer_path)
+    raise InputError(
+        "data.tokenizer is not set and no training corpus comes with a tokenizer (bare .bin/.idx pairs have none): "
+        "set data.tokenizer=tokenizer.model"
+    )

@@ -1,0 +1,219 @@
+"""DeepSpeed, and nothing else: processes, the sharded model, one optimizer step, and what the engine stores.
+
+The only file that imports deepspeed. Everything it needs from DeepSpeed is asked for explicitly, because defaults have
+changed between releases (gradient clipping, skipping of non-finite steps, process-group time-out).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megafish.config import Config
+from megafish.errors import InputError
+from megafish.train.optim import build_optimizer
+
+# Under the launchers that Slurm users know, srun starts the processes and names them in its own variables.
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files that exist once."""
+        return self.rank == 0
+
+
+def start_processes(device: str) -> Processes:
+    """Join the process group: torchrun, the deepspeed launcher, srun, or a run of one process.
+
+    `device` is auto, cpu or cuda. Calling it again in the same process returns the group that is there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device=cuda, but torch sees no GPU: use train.device=cpu, or install a CUDA build of torch")
+    _fill_environment()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    # DeepSpeed probes for an accelerator when it is imported; the choice made here must be the one it makes.
+    os.environ["DS_ACCELERATOR"] = device
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed = _deepspeed()
+        minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30))
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=minutes),
+        )
+    return Processes(rank, local_rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
+
+
+def stop_processes() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fill_environment() -> None:
+    """Give torch.distributed the variables it reads, from Slurm's or for a run of one process."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise InputError(
+                f"started by srun without {' and '.join(missing)}: export MASTER_ADDR=$(scontrol show hostnames "
+                '"$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500 in the batch script'
+            )
+        for name, source in _SLURM.items():
+            env[name] = env[source]
+    if "RANK" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _deepspeed() -> Any:
+    """deepspeed, imported on first use and kept quiet: its progress notes would drown the run's own display."""
+    # torch 2.13 renames collectives that DeepSpeed still calls by their old names, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at start-up: half a minute, and a compiler that the
+    # user may not have. gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A model in DeepSpeed's hands: `backward` for each micro-batch of a step, then `step`."""
+
+    def __init__(self, config: Config, model: nn.Module, processes: Processes):
+        self.processes = processes
+        self.grad_clip = config.optimizer.grad_clip
+        if config.train.precision == "bf16":
+            model = model.bfloat16()
+        model = model.to(processes.device)
+        deepspeed = _deepspeed()
+        with redirect_stdout(io.StringIO()):  # it prints its memory use
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer),
+                config=deepspeed_config(config, processes.world_size),
+                dist_init_required=False,
+            )
+        # Without ZeRO and in fp32 DeepSpeed clips but does not report the norm; it is done here instead, once.
+        self._clips_here = config.engine.zero_stage == 0 and config.train.precision == "fp32"
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. Call the engine, not this, where weights may be sharded."""
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode."""
+        self.engine.train(mode)
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Gradients of one micro-batch.
+
+        `loss` is this process's share of the global mean: sum over its kept tokens / kept tokens of the global batch.
+        DeepSpeed divides summed gradients by the number of processes, which is undone here, and must not divide by the
+        number of micro-batches.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * self.processes.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._clips_here:
+            limit = self.grad_clip if self.grad_clip is not None else float("inf")
+            norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
+            self.engine.step()
+            return norm
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's own files (sharded optimizer state, master weights) below folder/deepspeed. Collective."""
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, on the same number of processes and the same ZeRO stage. Collective."""
+        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights by name on the main process, in the training precision; None elsewhere. Collective."""
+        weights: dict[str, torch.Tensor] = {}
+        deepspeed = _deepspeed()
+        for name, parameter in self.engine.module.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    if self.processes.is_main:
+                        weights[name] = parameter.detach().cpu().clone()
+            elif self.processes.is_main:
+                weights[name] = parameter.detach().cpu()
+        return weights if self.processes.is_main else None
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run: our own settings, with `engine.deepspeed` merged on top."""
+    train = config.train
+    bf16 = train.precision == "bf16"
+    stage = config.engine.zero_stage
+    made: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        # 0 means none; said always, because DeepSpeed's default became 1.0.
+        "gradient_clipping": config.optimizer.grad_clip or 0.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if stage == 0 and not bf16:
+        made["gradient_clipping"] = 0.0
+    if bf16 and stage > 0:
+        made["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(made, config.engine.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

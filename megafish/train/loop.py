@@ -1,0 +1,210 @@
+"""Training, from a configuration to a trained run directory. `train` reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from signal import SIGTERM, Signals
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megafish.config import Config
+from megafish.errors import InputError
+from megafish.model.flops import device_peak_flops, flops_per_token
+from megafish.model.transformer import Transformer
+from megafish.run import RunDir
+from megafish.train.checkpoint import check_resume, load_state, save_checkpoint, verify_checkpoint
+from megafish.train.data import TrainingData, open_data
+from megafish.train.engine import Engine, Processes, start_processes
+from megafish.train.evaluate import dropped_loss, validate
+from megafish.train.guard import StopRequest
+from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
+from megafish.train.track import Tracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    run: RunDir
+    spent: Spent
+    signal: Signals | None  # what stopped it before the budget was used up
+
+
+def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Outcome:
+    """Train until the budget is used up, or until SIGTERM or Ctrl-C asks to stop.
+
+    With `resume` the run directory is continued from its latest checkpoint (from the start when it has none yet);
+    without it a directory that holds a run already is refused. Called by every process of the group.
+    """
+    console = console or Console()
+    processes = start_processes(config.train.device)
+    run = RunDir(config.run_path)
+    with ExitStack() as stack:
+        if processes.is_main:
+            stack.enter_context(run.lock())
+        if not resume and (run.latest_file.exists() or run.metrics_file.exists()):
+            raise InputError(
+                f"{run.path} holds a run already: continue it with `megafish train {run.path}`, or choose another name=..."
+            )
+        dist.barrier()
+
+        data = open_data(config, processes)
+        budget = Budget.from_config(config)
+        warmup = warmup_fraction(config, budget)
+        model = Transformer(
+            config.model,
+            data.tokenizer.vocab_size,
+            loss=config.loss,
+            seed=config.train.seed,
+            activation_checkpointing=config.train.activation_checkpointing,
+        )
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        engine = Engine(config, model, processes)
+
+        spent = Spent()
+        latest = run.latest() if resume else None
+        identity = _identity(config, data, processes)
+        if latest is not None:
+            if processes.is_main:
+                verify_checkpoint(latest)
+            state = load_state(latest)
+            check_resume(state, identity, run)
+            engine.load(latest)
+            spent = Spent(**state["spent"])
+        if processes.is_main:
+            run.save_config(config)
+        dist.barrier()
+
+        tracker = None
+        if processes.is_main:
+            tracker = stack.enter_context(Tracker(run, config, resume_step=spent.steps, console=console))
+            tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
+        stop = stack.enter_context(StopRequest())
+        flops = flops_per_token(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
+        peak = device_peak_flops(processes.device)
+
+        stopped = False
+        batches = stack.enter_context(closing(data.steps(spent.samples)))
+        while not budget.used_up(spent) and not stopped:
+            # ---- one optimizer step
+            started = time.perf_counter()
+            batch = next(batches)
+            kept, dropped, target_bytes, stopped = data.count(batch, stop.received is not None)
+            spent = spent.plus(samples=data.batch_samples, tokens=data.batch_tokens, supervised_tokens=kept)
+            progress = budget.progress(spent)
+            learning_rate = config.optimizer.lr * learning_rate_factor(config.schedule, warmup, progress)
+
+            engine.train()
+            cross_entropy = torch.zeros((), dtype=torch.float64, device=processes.device)
+            for index, micro in enumerate(batch.micro_batches):
+                output = engine(**data.to_model(micro), denominator=max(kept, 1))
+                engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
+                cross_entropy += output.ce_sum
+            grad_norm = engine.step(learning_rate)
+            dist.all_reduce(cross_entropy)
+            nats = float(cross_entropy)
+            if not math.isfinite(nats + grad_norm):
+                raise Diverged(
+                    f"{run.path}: step {spent.steps}: loss {nats / max(kept, 1)}, gradient norm {grad_norm}: training "
+                    "diverged; lower optimizer.lr or raise schedule.warmup_fraction, and resume from the last checkpoint"
+                )
+            seconds = time.perf_counter() - started
+
+            # ---- report
+            last = budget.used_up(spent)
+            if tracker is not None:
+                achieved = flops * data.batch_tokens / seconds
+                record = {
+                    "kind": "train",
+                    "step": spent.steps,
+                    "time": time.time(),
+                    "loss": nats / max(kept, 1),
+                    "bpb": nats / math.log(2) / max(target_bytes, 1),
+                    "lr": learning_rate,
+                    "grad_norm": grad_norm,
+                    "kept_tokens": kept,
+                    "dropped_tokens": dropped,
+                    "drop_rate": dropped / max(kept + dropped, 1),
+                    "tokens": spent.tokens,
+                    "supervised_tokens": spent.supervised_tokens,
+                    "epoch": data.epoch(spent.samples),
+                    "data_hash": batch.data_hash,
+                    "tokens_per_s": data.batch_tokens / seconds,
+                    "model_flops_per_s": achieved,
+                    "mfu": None if peak is None else achieved / (peak * processes.world_size),
+                    "memory_bytes": _memory_bytes(processes),
+                }
+                if last or spent.steps % config.track.log_interval == 0:
+                    tracker.log(record)
+                tracker.show(progress, record)
+
+            # ---- validate
+            if last or _due(spent.steps, config.eval.interval):
+                for result in (validate(engine, data), dropped_loss(engine, data)):
+                    if result is not None and tracker is not None:
+                        tracker.log({**result, "step": spent.steps})
+                        tracker.note(_evaluation_line(result, spent.steps))
+
+            # ---- save
+            if last or stopped or _due(spent.steps, config.checkpoint.interval):
+                state = {"step": spent.steps, "spent": asdict(spent), **identity}
+                save_checkpoint(run, engine, state, config.checkpoint.keep)
+
+        cut_short = stopped and not budget.used_up(spent)
+        return Outcome(run, spent, signal=(stop.received or SIGTERM) if cut_short else None)
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not a finite number."""
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _identity(config: Config, data: TrainingData, processes: Processes) -> dict[str, Any]:
+    """What a continuation must share with the run it continues."""
+    return {
+        **data.identity(),
+        "model": config.model.model_dump(mode="json"),
+        "engine": {
+            "zero_stage": config.engine.zero_stage,
+            "precision": config.train.precision,
+            "processes": processes.world_size,
+        },
+    }
+
+
+def _memory_bytes(processes: Processes) -> int:
+    """Peak memory of this process: allocated on its GPU, or resident."""
+    if processes.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(processes.device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _opening_line(
+    config: Config, parameters: int, data: TrainingData, processes: Processes, resumed: bool, spent: Spent
+) -> str:
+    """What is about to run, in one line."""
+    goldfish = config.goldfish
+    loss = "plain loss" if goldfish.k is None else f"goldfish k={goldfish.k} h={goldfish.h} ({goldfish.scheme})"
+    start = f"continues at step {spent.steps}" if resumed else "starts"
+    return (
+        f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {loss}, "
+        f"{data.batch_tokens:,} tokens a step, {processes.world_size} x {processes.device.type}, "
+        f"ZeRO {config.engine.zero_stage}, {config.train.precision}"
+    )
+
+
+def _evaluation_line(result: dict[str, Any], step: int) -> str:
+    if result["kind"] == "valid":
+        return f"step {step}: validation loss {result['valid_loss']:.4f} nats/token, {result['valid_bpb']:.4f} bits/byte"
+    return f"step {step}: loss on dropped tokens {result['loss_dropped']:.4f}, on kept tokens {result['loss_kept']:.4f}"
