@@ -15,7 +15,7 @@ export DS_BUILD_OPS := 0
 .PHONY: help quickstart test lint format types bench clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.installed ## Train a small model twice, plain and goldfish, and compare what each recites (ARGS="--seed 1")
 	$(BIN)/megafish demo $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -25,7 +26,26 @@ app = typer.Typer(
 Overrides = Annotated[
     Optional[list[str]], typer.Argument(help="Settings on top of the file, e.g. optimizer.lr=3e-4 goldfish.k=null")
 ]
+TextKey = Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")]
+TextSuffix = Annotated[
+    Optional[list[str]], typer.Option(help="Read files with this suffix as text too, e.g. .py (may be given several times)")
+]
 Step = Annotated[Optional[int], typer.Option(help="Checkpoint step (default: the latest)", min=0)]
+
+
+class TokenizerKind(str, Enum):
+    """Sentencepiece's models."""
+
+    bpe = "bpe"
+    unigram = "unigram"
+
+
+class DocumentUnit(str, Enum):
+    """What a document is in a text file."""
+
+    file = "file"
+    line = "line"
+    blank_line = "blank-line"
 
 
 def main() -> None:
@@ -69,14 +89,25 @@ def tokenizer(
     inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
     output: Annotated[Path, typer.Option(help="File to write, e.g. tokenizer.model")],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids", min=300)] = 32000,
-    kind: Annotated[str, typer.Option(help="bpe or unigram")] = "bpe",
-    text_key: Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")] = "text",
+    kind: Annotated[TokenizerKind, typer.Option(help="Model of the pieces")] = TokenizerKind.bpe,
+    text_key: TextKey = "text",
+    text_suffix: TextSuffix = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample it is trained on")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists")] = False,
 ) -> None:
     """Train a sentencepiece tokenizer that reproduces any text exactly."""
+    from megafish.data.readers import ReadOptions
     from megafish.data.tokenizer import train_tokenizer
 
-    trained = train_tokenizer(inputs, output, vocab_size=vocab_size, kind=kind, text_key=text_key, seed=seed, progress=True)
+    trained = train_tokenizer(
+        inputs,
+        output,
+        vocab_size,
+        kind.value,
+        options=ReadOptions(text_key=text_key, text_suffixes=_suffixes(text_suffix)),
+        seed=seed,
+        overwrite=overwrite,
+    )
     print(f"{output}: {trained.vocab_size:,} ids")
     print(f"next: megafish prepare {' '.join(map(str, inputs))} --tokenizer {output} --output corpus")
 
@@ -88,51 +119,64 @@ def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
     output: Annotated[Path, typer.Option(help="Folder to write")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.model (sentencepiece) or tokenizer.json")],
-    text_key: Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")] = "text",
+    text_key: TextKey = "text",
+    text_suffix: TextSuffix = None,
     goldfish_k_key: Annotated[
         Optional[str], typer.Option(help="Field that holds a document's own goldfish k (0: never drop)")
     ] = None,
-    documents: Annotated[str, typer.Option(help="What a document is in .txt: file, line or blank-line")] = "file",
+    documents: Annotated[DocumentUnit, typer.Option(help="What a document is in a text file")] = DocumentUnit.file,
     valid_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation", min=0, max=0.5)] = 0.01,
     split_seed: Annotated[int, typer.Option(help="Seed of the split by document hash")] = 0,
     canaries: Annotated[int, typer.Option(help="Canaries per exposure level (0: none)", min=0)] = 0,
     canary_exposures: Annotated[str, typer.Option(help="Times a canary stands in the corpus; 0 is the control group")] = "0,1,2,4,8,16,32,64,128",
     canary_tokens: Annotated[int, typer.Option(help="Tokens of a canary", min=2)] = 128,
+    canary_file: Annotated[
+        Optional[Path], typer.Option(help="Take them from this text file (parted by blank lines), not from the corpus")
+    ] = None,
     canary_seed: Annotated[int, typer.Option(help="Seed of their choice and places")] = 0,
     workers: Annotated[Optional[int], typer.Option(help="Processes (default: one a core)", min=1)] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder")] = False,
 ) -> None:
     """Turn text into Megatron .bin/.idx files with a manifest. Interrupted, it continues where it was."""
     from megafish.data.canary import CanaryConfig
     from megafish.data.prepare import prepare as run_prepare
+    from megafish.run import read_json
 
     chosen = None
     if canaries:
         chosen = CanaryConfig(
-            count=canaries, exposures=_integers(canary_exposures), tokens=canary_tokens, seed=canary_seed
+            count=canaries,
+            tokens=canary_tokens,
+            exposures=_integers(canary_exposures),
+            seed=canary_seed,
+            file=None if canary_file is None else str(canary_file),
         )
-    manifest = run_prepare(
+    manifest_file = run_prepare(
         inputs,
         output,
         tokenizer,
         text_key=text_key,
         goldfish_k_key=goldfish_k_key,
-        documents=documents,
+        documents=documents.value,
+        text_suffixes=_suffixes(text_suffix),
         valid_fraction=valid_fraction,
         split_seed=split_seed,
         canaries=chosen,
         workers=workers,
         overwrite=overwrite,
-        progress=True,
     )
-    for split, entry in manifest["splits"].items():
+    for split, entry in read_json(manifest_file)["splits"].items():
         print(f"{output}/{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
     print(f"next: megafish train tiny data.train={output}")
 
 
-def _integers(text: str) -> list[int]:
+def _suffixes(given: list[str] | None) -> tuple[str, ...]:
+    return (".txt", *(suffix if suffix.startswith(".") else f".{suffix}" for suffix in given or ()))
+
+
+def _integers(text: str) -> tuple[int, ...]:
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--canary-exposures {text!r}: expected whole numbers separated by commas, e.g. 0,1,8,64") from None
 

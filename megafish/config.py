@@ -154,20 +154,12 @@ class SourceConfig(Section):
     """Drop 1 in k for this source instead of goldfish.k; null: never drop; default: goldfish.k."""
 
 
-def _short_sources(schema: dict[str, Any]) -> None:
-    """What `DataConfig` reads as a list of sources besides one."""
-    array = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}]}}
-    for key in ("type", "items", "anyOf"):
-        schema.pop(key, None)
-    schema["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}, array, {"type": "null"}]
-
-
 class DataConfig(Section):
     """What is read, and in which order."""
 
-    train: list[SourceConfig] = Field(default_factory=list, json_schema_extra=_short_sources)
+    train: list[SourceConfig] = Field(default_factory=list)
     """Training sources. A single path, or a list of paths, is short for sources of equal weight."""
-    valid: list[SourceConfig] | None = Field(default=None, json_schema_extra=_short_sources)
+    valid: list[SourceConfig] | None = None
     """Validation sources. null: the validation split of the training corpora."""
     tokenizer: AbsolutePath | None = None
     """tokenizer.model (sentencepiece) or tokenizer.json. null: the one stored in the training corpora."""
@@ -486,10 +478,19 @@ def json_schema() -> str:
     Nothing is required there: a file that extends another may leave out anything.
     """
     schema = Config.model_json_schema()
+    sources = schema["$defs"]["DataConfig"]["properties"]
+    for name in ("train", "valid"):
+        kept = {key: sources[name][key] for key in ("default", "description", "title") if key in sources[name]}
+        sources[name] = {"anyOf": _SOURCES_SCHEMA, **kept}
     schema["properties"]["extends"] = {"type": "string", "description": "Preset or file that this one builds on."}
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     return json.dumps(schema, indent=2)
+
+
+# A source, or a list of them, each in short (its path) or in full: what DataConfig takes and pydantic cannot know.
+_SOURCE_SCHEMA = [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}]
+_SOURCES_SCHEMA = [*_SOURCE_SCHEMA, {"type": "array", "items": {"anyOf": _SOURCE_SCHEMA}}, {"type": "null"}]
 
 
 def _preset_folder() -> Path:

@@ -111,7 +111,7 @@ def _phrase(fault: Any, place: _Place, root: type[BaseModel]) -> str:
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         return f"unknown key {place.key}{_nearest(place, root)}"
     help_text = (place.field.description or "").rstrip(".") if place.field else ""
-    if fault["type"] == "missing":
+    if fault["type"] == "missing" and isinstance(fault["loc"][-1], str):
         return f"{place.key} is not set ({help_text})"
     own_words = fault["msg"].removeprefix("Value error, ") if fault["type"] == "value_error" else ""
     if place.field is None:

@@ -103,7 +103,7 @@ def read_tree(path: Path) -> Tree:
 def parse_overrides(overrides: list[str] | tuple[str, ...], text_keys: frozenset[str]) -> Tree:
     """One tree from ``section.key=value`` strings; of two for one key the later one counts.
 
-    Values are YAML, except those of `text_keys`, which are taken as they are (name=007 needs no quotes).
+    Values are YAML, except those of `text_keys`, which are taken as they are unless quoted (name=007).
     """
     tree: Tree = {}
     for override in overrides:
@@ -111,18 +111,23 @@ def parse_overrides(overrides: list[str] | tuple[str, ...], text_keys: frozenset
         parts = key.split(".")
         if not equals or not all(parts):
             raise InputError(f"{override!r} is not of the form section.key=value (e.g. optimizer.lr=3e-4)")
-        if any(part.isdigit() for part in parts):
+        if any(part.isdigit() for part in parts[1:]):
             raise InputError(f"{override!r}: entries of a list are not set one by one: give the whole list, key=[...]")
-        try:
-            value = parse_yaml(text)
-        except yaml.YAMLError:
-            raise InputError(f"{override!r}: not a valid YAML value: quote text with : [ ] {{ }} or #") from None
-        if key in text_keys and not isinstance(value, str) and value is not None:
-            value = text
+        if key in text_keys and text and text not in ("null", "~") and text[0] not in "'\"":
+            value: Any = text
+        else:
+            value = _parse_value(override, text)
         for part in reversed(parts):
             value = {part: value}
         tree = overlay(tree, value)
     return tree
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        raise InputError(f"{override!r}: not a valid YAML value: quote text with : [ ] {{ }} or #") from None
 
 
 def overlay(below: Tree, above: Tree) -> Tree:

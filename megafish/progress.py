@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import IO
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_DRAWINGS = 0.1
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti")
 _DECIMAL = ("", "k", "M", "G", "T")
 
@@ -20,8 +21,8 @@ def format_quantity(value: float, unit: str) -> str:
     while abs(value) >= base and step < len(prefixes) - 1:
         value /= base
         step += 1
-    number = f"{value:.0f}" if step == 0 else f"{value:.1f}"
-    return f"{number} {prefixes[step]}{unit}"
+    number = f"{value:.0f}" if step == 0 and value == int(value) else f"{value:.1f}"
+    return f"{number} {prefixes[step]}{unit}".rstrip()
 
 
 def format_seconds(seconds: float) -> str:
@@ -47,7 +48,7 @@ class Track:
         self._enabled = enabled
         self._already = 0.0
         self._start = time.monotonic()
-        self._last_line = self._start
+        self._shown = self._start
         self._bar: _Bar | None = (
             _Bar(self._stream, description, total) if enabled and _is_terminal(self._stream) else None
         )
@@ -61,10 +62,16 @@ class Track:
         if already_done:
             self._already += done - self.done
         self.done = done
+        if not self._enabled:
+            return
+        # Cheap enough to be called for every document: most calls end here.
+        now = time.monotonic()
+        if now - self._shown < (_SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_DRAWINGS):
+            return
+        self._shown = now
         if self._bar is not None:
             self._bar.update(done, self._status())
-        elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
+        else:
             self._line(self._status())
 
     def note(self, text: str) -> None:
@@ -93,7 +100,8 @@ class Track:
         if self._bar is not None:
             self._bar.close(self.done, self._status())
         elif self._enabled and not failed and elapsed >= _SECONDS_BETWEEN_LINES:
-            self._line(f"{format_quantity(self.done, self._unit)} in {format_seconds(elapsed)}")
+            what = f"{format_quantity(self.done, self._unit)} in " if self.done else ""
+            self._line(what + format_seconds(elapsed))
 
 
 class _Bar:

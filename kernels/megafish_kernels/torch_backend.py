@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 # Bytes of the logits buffer and fewest rows of a chunk if the caller names no size. Fewer rows starve the products,
 # which then read the weight and its gradient from memory once a chunk for too little work.
 _CHUNK_BYTES = 64 * 2**20
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megafish.audit.extraction import Canary, Extraction, load_canaries, record, split_canaries, summarize
+from megafish.audit.extraction import Extraction, Probe, load_canaries, record, split_canaries, summarize
 from megafish.audit.losses import held_out, kept_and_dropped, sequence_losses
 from megafish.audit.panels import divergence_panel, memorization_panels
 from megafish.audit.plots import draw, to_png
-from megafish.audit.view import RunView
+from megafish.audit.view import FORMAT, VERSION, RunView
 from megafish.config import Config
 from megafish.data.corpus import Sample, SampleStream, SourceSpec, open_train, open_valid
 from megafish.data.loader import Batch, EvalLoader, make_batch
@@ -29,8 +30,6 @@ from megafish.model.load import LoadedRun, load_run
 from megafish.objective.goldfish import GoldfishMask
 from megafish.progress import track
 from megafish.run import read_json
-
-FORMAT, VERSION = "megafish-audit", 1
 
 REFERENCE_K = 4
 """A run without a mask is measured with this one, to have something to compare masked runs with."""
@@ -55,15 +54,15 @@ def audit_run(
     """Audit a run (or a checkpoint folder inside it): write RUN/audit/step_XXXXXXXX/ and print the figures.
 
     The folder holds extraction.jsonl (one line a canary: text, continuation, scores), summary.json and the plots as
-    PNG; it appears when it is complete and takes the place of an earlier audit of the same step. `step`: which checkpoint,
-    the latest by default. `overrides`: settings of the audit section, e.g. "audit.prompt_tokens=32". Losses are never
-    masked and never train anything. Raises InputError where the run, its data or the settings do not fit.
+    PNG; it appears when it is complete and takes the place of an earlier audit of the same step. `step`: which
+    checkpoint, the latest by default. `overrides`: settings of the audit section, e.g. "audit.prompt_tokens=32".
+    `progress`: bars on standard error. Raises InputError where the run, its data or the settings do not fit.
     """
     loaded = load_run(path, step)
     config = _with_overrides(loaded, overrides)
     auditor = _Auditor(loaded, config, progress)
     extractions = auditor.extract()
-    summary = {
+    summary: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -84,6 +83,12 @@ def audit_run(
     console = console or Console()
     for table in tables(summary):
         console.print(table)
+    if extractions and (left := summary["extraction"]["divergence"]) and not auditor.reference:
+        console.print(
+            f"not recited, with {left['least_exposures']} or more copies: {left['canaries']}; left at a dropped token "
+            f"or right after one: {left['at_drop']} ({left['rate']:.0%}, by chance {left['chance']:.0%})",
+            highlight=False,
+        )
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return AuditResult(folder, summary)
 
@@ -149,7 +154,7 @@ class _Auditor:
             for fields in zip(canaries, prompts, suffixes, [list(o) for o in outputs], dropped, losses, strict=True)
         ]
 
-    def _dropped(self, canary: Canary, source: int) -> list[bool] | None:
+    def _dropped(self, canary: Probe, source: int) -> list[bool] | None:
         """Which suffix tokens the mask drops wherever the canary stands; None where that is drawn anew each time."""
         settings = self.config.audit
         if self.mask.config.scheme == "random":
@@ -248,23 +253,20 @@ def _write(folder: Path, summary: dict[str, Any], records: Sequence[dict[str, An
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
-    """The figures of summary.json for the terminal."""
+    """The figures of summary.json for a terminal of 80 columns."""
     found = []
-    extraction = summary["extraction"]
+    extraction, settings = summary["extraction"], summary["settings"]
     if extraction is not None:
-        settings = summary["settings"]
-        table = Table(
-            title=f"{summary['run']}, step {summary['step']}: greedy extraction of canaries "
+        table = _table(
+            f"{summary['run']}, step {summary['step']}: canaries continued greedily "
             f"({settings['prompt_tokens']} tokens given, {settings['suffix_tokens']} asked for)",
-            title_justify="left",
-            caption="95 %: Wilson interval of the rate. LCP: tokens before the first error. ROUGE-L: F1 on token ids.",
-            caption_justify="left",
+            ["copies", "seen", "canaries", "exact", "95 %", "LCP", "ROUGE-L", "loss"],
+            "copies: in the corpus, 0 is the control group; seen: copies x epochs; exact: word for word, with Wilson's "
+            "interval; LCP: tokens before the first error; ROUGE-L: F1 on token ids; loss: of the true text",
         )
-        for heading in ("copies", "times seen", "canaries", "word for word", "95 %", "LCP", "ROUGE-L", "nats/token"):
-            table.add_column(heading, justify="right")
         for level in extraction["levels"]:
             table.add_row(
-                str(level["exposures"]) if level["exposures"] else "0 control",
+                str(level["exposures"]),
                 f"{level['effective_exposures']:.4g}",
                 str(level["canaries"]),
                 f"{level['exact_matches']} ({level['exact_rate']:.0%})",
@@ -274,16 +276,22 @@ def tables(summary: dict[str, Any]) -> list[Table]:
                 f"{level['loss']:.3f}",
             )
         found.append(table)
-    losses = Table(title="loss, nothing masked", title_justify="left")
-    for heading in ("text", "tokens", "nats/token", "bits/byte"):
-        losses.add_column(heading, justify="left" if heading == "text" else "right")
-    train, valid = summary["losses"]["train"], summary["losses"]["valid"]
-    note = f" (by a k = {summary['mask']['k']} mask that was not used)" if summary["mask"]["reference"] else ""
-    for key, label in (("kept", f"training, kept tokens{note}"), ("dropped", f"training, dropped tokens{note}")):
+    train, valid, mask = summary["losses"]["train"], summary["losses"]["valid"], summary["mask"]
+    note = f"the run dropped nothing: kept and dropped are by a k = {mask['k']} mask that was not used"
+    losses = _table("Loss, nothing masked", ["text", "tokens", "nats/token", "bits/byte"], note * mask["reference"])
+    for key in ("kept", "dropped"):
         if train[f"loss_{key}"] is not None:
-            losses.add_row(label, f"{train[f'tokens_{key}']:,}", f"{train[f'loss_{key}']:.4f}", "")
+            losses.add_row(f"training, {key}", f"{train[f'tokens_{key}']:,}", f"{train[f'loss_{key}']:.4f}", "")
     if valid is not None:
         bits = "" if valid["bits_per_byte"] is None else f"{valid['bits_per_byte']:.4f}"
         losses.add_row("validation", f"{valid['tokens']:,}", f"{valid['loss']:.4f}", bits)
     found.append(losses)
     return found
+
+
+def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+    table = Table(title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.caption_justify = "left"
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "text" else "right", no_wrap=True)
+    return table

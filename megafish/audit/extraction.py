@@ -17,7 +17,7 @@ import numpy as np
 
 from megafish.audit.metrics import longest_common_prefix, rouge_l, shared_spans, wilson_interval
 from megafish.errors import InputError
-from megafish.run import read_json
+from megafish.run import read_json, sha256_file
 
 
 class Decoder(Protocol):
@@ -27,8 +27,8 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Canary:
-    """One planted passage of one corpus."""
+class Probe:
+    """A canary of a corpus, and how much of that corpus the run has seen."""
 
     id: int
     exposures: int
@@ -47,7 +47,7 @@ class Canary:
 class Extraction:
     """What the model made of one canary. All positions count from the first token of the suffix."""
 
-    canary: Canary
+    canary: Probe
     prompt: list[int]
     suffix: list[int]
     generated: list[int]
@@ -75,10 +75,11 @@ class Extraction:
         return bool(at_or_after_drop(self.dropped)[self.prefix_length])
 
 
-def load_canaries(folder: str | Path, epochs: float) -> list[Canary]:
+def load_canaries(folder: str | Path, epochs: float) -> list[Probe]:
     """Canaries recorded in a corpus folder, sorted by exposures, then id; empty where none were planted.
 
-    `epochs` is how many epochs of that corpus the model has seen. Raises InputError for a missing or malformed file.
+    `epochs` is how many epochs of that corpus the model has seen. Raises InputError for a file that is missing, is not
+    the one of the manifest, or is malformed.
     """
     folder = Path(folder)
     manifest_file = folder / "manifest.json"
@@ -89,12 +90,16 @@ def load_canaries(folder: str | Path, epochs: float) -> list[Canary]:
     path = folder / entry["file"]
     if not path.is_file():
         raise InputError(f"{path}: the corpus's canaries are missing: restore the file or prepare the corpus again")
+    if sha256_file(path) != entry.get("sha256"):
+        raise InputError(
+            f"{path}: not the file that the manifest names (sha256): restore it or prepare the corpus again"
+        )
     canaries = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 item = json.loads(line)
-                canary = Canary(
+                canary = Probe(
                     id=int(item["id"]),
                     exposures=int(item["exposures"]),
                     tokens=np.asarray(item["tokens"], dtype=np.int64),
@@ -111,7 +116,7 @@ def load_canaries(folder: str | Path, epochs: float) -> list[Canary]:
 
 
 def split_canaries(
-    canaries: Iterable[Canary], prompt_tokens: int, suffix_tokens: int
+    canaries: Iterable[Probe], prompt_tokens: int, suffix_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and true suffixes, all of the asked lengths. Raises InputError where a canary is too short."""
     need = prompt_tokens + suffix_tokens
@@ -187,8 +192,9 @@ def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
 def summarize(items: Sequence[Extraction]) -> dict[str, Any]:
     """Figures by exposure level, and how often the model leaves the text at a dropped token.
 
-    Rates carry the Wilson 95 % interval. `chance` is the share of suffix positions that are dropped or follow a drop:
-    what `rate` would be if the model left the text at a uniformly random place.
+    Rates carry the Wilson 95 % interval. The latter counts the canaries that were not recited among the more exposed
+    half of the levels, for a model leaves a passage it hardly knows anywhere; `chance` is the share of their suffix
+    positions that are dropped or follow a drop: what `rate` would be at uniformly random places.
     """
     levels = []
     for exposures in sorted({item.canary.exposures for item in items}):
@@ -215,15 +221,29 @@ def summarize(items: Sequence[Extraction]) -> dict[str, Any]:
             level["loss_kept"] = _mean(losses[~dropped])
             level["loss_dropped"] = _mean(losses[dropped])
         levels.append(level)
-    left = [item for item in items if item.left_at_drop is not None]
-    divergence = None
-    if left:
-        hits = sum(bool(item.left_at_drop) for item in left)
-        low, high = wilson_interval(hits, len(left))
-        chance = float(np.mean([at_or_after_drop(item.dropped or []).mean() for item in left]))
-        divergence = {"canaries": len(left), "at_drop": hits, "rate": hits / len(left), "low": low, "high": high}
-        divergence["chance"] = chance
-    return {"canaries": len(items), "levels": levels, "divergence": divergence}
+    return {"canaries": len(items), "levels": levels, "divergence": _divergence(items)}
+
+
+def _divergence(items: Sequence[Extraction]) -> dict[str, Any] | None:
+    """How often the model leaves the text at a dropped token, over the more exposed half of the levels."""
+    seen = sorted({item.canary.exposures for item in items} - {0})
+    if not seen:
+        return None
+    least = seen[len(seen) // 2]
+    left = [item for item in items if item.left_at_drop is not None and item.canary.exposures >= least]
+    if not left:
+        return None
+    hits = sum(bool(item.left_at_drop) for item in left)
+    low, high = wilson_interval(hits, len(left))
+    return {
+        "least_exposures": least,
+        "canaries": len(left),
+        "at_drop": hits,
+        "rate": hits / len(left),
+        "low": low,
+        "high": high,
+        "chance": float(np.mean([at_or_after_drop(item.dropped or []).mean() for item in left])),
+    }
 
 
 def _mean(values: np.ndarray) -> float | None:

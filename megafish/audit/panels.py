@@ -13,6 +13,8 @@ from megafish.audit.view import RunView
 _POINTS = 600
 _SMOOTH = 40
 """Training curves are means over 1/40 of the run."""
+_LEAST_SMOOTHED = 2 * _SMOOTH
+"""Records from which on they are smoothed."""
 _MOST_MARKERS = 40
 
 
@@ -54,7 +56,7 @@ def memorization_panels(runs: Sequence[RunView]) -> list[Panel]:
             xlabel,
             "canaries [%]",
             lines("exact_rate", "exact_low", "exact_high"),
-            f"Canaries whose next {suffix} tokens come out exactly from greedy decoding ({count} canaries a level; "
+            f"Canaries whose next {suffix} tokens come out exactly from greedy decoding (canaries a level: {count}; "
             "bars: Wilson 95 % interval).",
             ticks,
             percent=True,
@@ -152,26 +154,25 @@ def _over_training(audited: Sequence[RunView], several: bool) -> list[Panel]:
 
 def divergence_panel(run: RunView) -> Panel | None:
     """Where a masked run leaves the text, counted from the last dropped token; None without a mask of its own."""
-    if not run.divergence_mask:
+    divergence = run.extraction["divergence"] if run.extraction else None
+    if divergence is None or not run.divergence_mask:
         return None
     farthest = 5
     seen, chance = np.zeros(farthest + 1), np.zeros(farthest + 1)
     for item in run.samples:
-        if item["dropped"] is None or item["left_at_drop"] is None:
+        if item["left_at_drop"] is None or item["exposures"] < divergence["least_exposures"]:
             continue
         distance = _since_drop(item["dropped"], farthest)
         seen[distance[item["longest_common_prefix"]]] += 1
         chance += np.bincount(distance, minlength=farthest + 1) / len(distance)
-    if not seen.sum():
-        return None
     return Panel(
         "divergence",
         "Where it leaves the text",
         "tokens since the last dropped token",
         "canaries [%]",
         [Series(range(farthest + 1), chance / chance.sum(), "by chance", masked=None, index=0)],
-        "Position of the first wrong token of each canary. 0: the wrong token stands where the mask dropped one. "
-        "By chance: a uniformly random position of the same suffixes.",
+        f"First wrong token of the canaries with {divergence['least_exposures']} copies or more. 0: it stands where "
+        "the mask dropped one. By chance: a uniformly random position of the same suffixes.",
         ticks=[*map(str, range(farthest)), f"{farthest}+"],
         percent=True,
         zero=True,
@@ -192,10 +193,8 @@ def training_panels(runs: Sequence[RunView]) -> list[Panel]:
     if not trained:
         return []
     curves = _Curves(trained, several=len(runs) > 1)
-    smoothing = f"Mean over 1/{_SMOOTH} of the run"
-    smoothing += "." if curves.several else "; single steps lie faintly behind."
     panels = [
-        curves.panel("loss", "Training loss", "nats per kept token", "train", "loss", smoothing, settled=True),
+        curves.panel("loss", "Training loss", "nats per kept token", "train", "loss", "", settled=True),
         curves.panel(
             "valid_loss",
             "Validation loss",
@@ -212,13 +211,11 @@ def training_panels(runs: Sequence[RunView]) -> list[Panel]:
             "global L2 norm",
             "train",
             "grad_norm",
-            f"Before clipping. {smoothing}",
+            "Before clipping.",
             zero=True,
         ),
         curves.panel("lr", "Learning rate", "learning rate", "train", "lr", "", zero=True, smoothed=False),
-        curves.panel(
-            "throughput", "Throughput", "input tokens per second", "train", "tokens_per_s", smoothing, zero=True
-        ),
+        curves.panel("throughput", "Throughput", "input tokens per second", "train", "tokens_per_s", "", zero=True),
     ]
     if any(run.masked for run in trained):
         panels.append(
@@ -257,16 +254,18 @@ class _Curves:
         **options: Any,
     ) -> Panel | None:
         """One line a run that has the field; None where no run has it. Validation is never smoothed."""
-        series = [
-            line
-            for run in self.runs
-            if (
-                line := self.line(
-                    run, kind, key, run.name if self.several else "", smoothed=smoothed and kind == "train"
-                )
-            )
-        ]
-        return Panel(name, title, self.xlabel, ylabel, series, caption, **options) if series else None
+        smoothed = smoothed and kind == "train"
+        series = []
+        for run in self.runs:
+            line = self.line(run, kind, key, run.name if self.several else "", smoothed=smoothed)
+            if line is not None:
+                series.append(line)
+        if not series:
+            return None
+        if smoothed and any(len(run.metrics[kind]) >= _LEAST_SMOOTHED for run in self.runs):
+            caption += f" Mean over 1/{_SMOOTH} of the run"
+            caption += "." if self.several else "; single steps lie faintly behind."
+        return Panel(name, title, self.xlabel, ylabel, series, caption.strip(), **options)
 
     def dropped_panel(self) -> Panel | None:
         """Loss on dropped and on kept training tokens of the runs with a mask."""
@@ -285,8 +284,8 @@ class _Curves:
             self.xlabel,
             "nats per token",
             series,
-            "Loss on training samples, forward pass only. Dropped tokens are predicted but never trained on: the gap is "
-            "what the model has memorized of the kept ones.",
+            "Loss on training samples, forward pass only. Dropped tokens are predicted but never trained on: the gap "
+            "is what the model has memorized of the kept ones.",
             settled=True,
         )
 
@@ -302,7 +301,7 @@ class _Curves:
             # Validation records know only their step.
             x = np.interp(steps, *record_arrays(run.metrics["train"], "step", "supervised_tokens"))
         raw = None
-        if smoothed and len(x) >= 2 * _SMOOTH:
+        if smoothed and len(x) >= _LEAST_SMOOTHED:
             raw = None if self.several else thin(x, y, _POINTS)
             y = smooth(y, max(2, len(y) // _SMOOTH))
         markers = kind != "train" and len(x) <= _MOST_MARKERS

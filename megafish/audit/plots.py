@@ -28,6 +28,8 @@ INK = {
 }
 SIZE = (4.4, 3.0)
 """Width and height of a panel [inches]."""
+_LONGEST_NAME = 22
+"""Characters of a label."""
 _LINE_HEIGHT = 12.0
 """Least distance of two labels [points]."""
 
@@ -247,7 +249,6 @@ def _unit_formatter(unit: float, letter: str) -> FuncFormatter:
 
 def _fit(figure: Figure, axes: Axes) -> None:
     """Give tick labels and axis titles the room they take, whatever their length."""
-    figure.canvas.draw()
     box = axes.get_tightbbox()
     inner = axes.get_window_extent()
     if box is None:
@@ -259,24 +260,23 @@ def _fit(figure: Figure, axes: Axes) -> None:
 
 def _label_ends(figure: Figure, axes: Axes, panel: Panel, theme: str) -> None:
     """Write each series' name where its line ends, moved apart where two would overlap."""
-    figure.canvas.draw()
     labelled = [s for s in panel.series if s.label and len(s.x)]
     if not labelled:
         return
+    names = [_shortened(s.label) for s in labelled]
     # Room on the right for the widest name.
-    probes = [figure.text(0, 0, s.label, fontsize=8.5, fontweight="bold") for s in labelled]
+    probes = [figure.text(0, 0, name, fontsize=8.5, fontweight="bold") for name in names]
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     widest = max(probe.get_window_extent(renderer).width for probe in probes) / figure.bbox.width
     for probe in probes:
         probe.remove()
     left, bottom, _, height = axes.get_position().bounds
-    axes.set_position((left, bottom, max(0.35, 0.97 - left - widest), height))
-    figure.canvas.draw()
+    axes.set_position((left, bottom, 0.97 - left - widest, height))
     points = 72.0 / figure.dpi
     wanted = [float(axes.transData.transform((s.x[-1], s.y[-1]))[1]) * points for s in labelled]
-    for series, y in zip(labelled, _apart(wanted), strict=True):
+    for series, name, y in zip(labelled, names, _apart(wanted), strict=True):
         axes.annotate(
-            series.label,
+            name,
             xy=(1, 0),
             xycoords=("axes fraction", "figure points"),
             xytext=(1.015, y),
@@ -288,6 +288,13 @@ def _label_ends(figure: Figure, axes: Axes, panel: Panel, theme: str) -> None:
             color=color(series, theme),
             annotation_clip=False,
         )
+
+
+def _shortened(name: str) -> str:
+    """A name with its middle left out where it would take the plot's room; the ends are what tells runs apart."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME // 2 - 1]}...{name[2 - _LONGEST_NAME // 2 :]}"
 
 
 def _apart(wanted: list[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -119,6 +119,10 @@ def percent(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def findings(run: RunView) -> list[str]:
     """What the audit found, in plain sentences."""
     if not run.levels or run.summary is None or run.extraction is None:
@@ -126,21 +130,22 @@ def findings(run: RunView) -> list[str]:
     top = run.levels[-1]
     suffix = run.summary["settings"]["suffix_tokens"]
     text = (
-        f"{run.name}: of {top['canaries']} passages that stood {top['exposures']} times in the training text, "
-        f"{top['exact_matches']} {'was' if top['exact_matches'] == 1 else 'were'} continued word for word for "
-        f"{suffix} tokens ({percent(top['exact_rate'])}, 95 % interval {percent(top['exact_low'])} to "
+        f"{run.name}: of {_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the "
+        f"training text, {top['exact_matches']} {'was' if top['exact_matches'] == 1 else 'were'} continued word "
+        f"for word for {suffix} tokens ({percent(top['exact_rate'])}, 95 % interval {percent(top['exact_low'])} to "
         f"{percent(top['exact_high'])})"
     )
     control = run.levels[0] if run.levels[0]["exposures"] == 0 else None
     if control is not None and control is not top:
-        text += f"; of {control['canaries']} passages it never saw, {control['exact_matches']}"
+        text += f"; of {_count(control['canaries'], 'passage')} it never saw, {control['exact_matches']}"
     sentences = [text + "."]
     divergence = run.extraction["divergence"]
     if divergence is not None and run.divergence_mask:
         sentences.append(
-            f"{run.name}: where it left the text ({divergence['canaries']} passages), the first wrong token was a "
-            f"dropped one or the one after it in {percent(divergence['rate'])} of the cases (by chance: "
-            f"{percent(divergence['chance'])})."
+            f"{run.name}: of the {_count(divergence['canaries'], 'passage')} with {divergence['least_exposures']} or "
+            f"more copies that it did not recite, it left {divergence['at_drop']} at a dropped token or right after "
+            f"one ({percent(divergence['rate'])}, 95 % interval {percent(divergence['low'])} to "
+            f"{percent(divergence['high'])}; by chance {percent(divergence['chance'])})."
         )
     return sentences
 
@@ -149,7 +154,7 @@ def missing(run: RunView) -> list[Missing]:
     """What the page cannot show of a run, and the command that makes it."""
     found = []
     corpora = " ".join(source.path for source in run.config.data.train) or "CORPUS"
-    if not run.metrics.get("train"):
+    if not run.metrics.get("train") and run.summary is None:
         found.append(Missing(f"{run.name} has not been trained yet.", f"megafish train {run.path}"))
     elif run.summary is None:
         found.append(Missing(f"{run.name} has not been audited yet.", f"megafish audit {run.path}"))
@@ -203,6 +208,14 @@ def _tiles(run: RunView) -> list[tuple[str, str, str]]:
     return tiles
 
 
+_STYLES: dict[str, Callable[[float], str]] = {
+    "share": percent,
+    "count": short_number,
+    "number": _number,
+    "length": "{:.1f}".format,
+}
+
+
 def comparison(runs: Sequence[RunView]) -> list[Row]:
     """The runs side by side; from the second on each figure comes with its difference from the first."""
     rows = []
@@ -212,11 +225,7 @@ def comparison(runs: Sequence[RunView]) -> list[Row]:
             return
         cells = []
         for i, value in enumerate(values):
-            text = "not known"
-            if value is not None:
-                text = (
-                    percent(value) if style == "share" else short_number(value) if style == "count" else _number(value)
-                )
+            text = "not known" if value is None else _STYLES[style](value)
             small = [notes[i]] if notes and notes[i] else []
             if i and value is not None and values[0] is not None and (change := _difference(value, values[0], style)):
                 small.append(change)
@@ -236,7 +245,7 @@ def comparison(runs: Sequence[RunView]) -> list[Row]:
         notes = [f"{x['exact_matches']} of {x['canaries']}" if x else "" for x in at]
         row(label, [x["exact_rate"] if x else None for x in at], "share", notes=notes)
     top = [run.levels[-1] if run.levels else None for run in runs]
-    row("Length recited, most copies", [x["mean_prefix"] if x else None for x in top], "number", "tokens")
+    row("Length recited, most copies", [x["mean_prefix"] if x else None for x in top], "length", "tokens")
     row("ROUGE-L, most copies", [x["mean_rouge_l"] if x else None for x in top], "number")
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from megafish.audit.view import RunView
@@ -70,7 +71,7 @@ def _sample(items: list[tuple[RunView, dict[str, Any]]]) -> Sample:
     copies = first["exposures"]
     heading = f"{copies} {'copy' if copies == 1 else 'copies'}" if copies else "control, never seen"
     if first["source"]:
-        heading += f": {first['source']}"
+        heading += f": {PurePath(first['source']).name}"
     marked = next(((run, item) for run, item in items if run.divergence_mask and item["dropped"]), None)
     prompt = first["prompt"]
     if len(prompt) > _PROMPT_CHARACTERS:

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megafish.config import Config
+from megafish.errors import InputError
 from megafish.run import RunDir, read_json
+
+FORMAT, VERSION = "megafish-audit", 1
+"""Of summary.json."""
 
 _AUDIT = re.compile(r"^step_\d{8}$")
 
@@ -83,7 +87,7 @@ def load_views(paths: Sequence[str | Path]) -> list[RunView]:
     views: list[RunView] = []
     for run, config, name in zip(runs, configs, names, strict=True):
         folders = audit_folders(run)
-        audits = [read_json(folder / "summary.json") for folder in folders]
+        audits = [_read_summary(run, folder) for folder in folders]
         samples = read_lines(folders[-1] / "extraction.jsonl") if folders else []
         metrics: dict[str, list[dict[str, Any]]] = {}
         for record in read_lines(run.metrics_file):
@@ -119,6 +123,17 @@ def audit_folders(run: RunDir) -> list[Path]:
         return []
     folders = sorted(entry for entry in run.audit.iterdir() if _AUDIT.match(entry.name))
     return [folder for folder in folders if (folder / "summary.json").is_file()]
+
+
+def _read_summary(run: RunDir, folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    summary = read_json(file)
+    if (summary.get("format"), summary.get("version")) != (FORMAT, VERSION):
+        raise InputError(
+            f"{file}: {summary.get('format')} version {summary.get('version')}, this program reads {FORMAT} version "
+            f"{VERSION}: audit again (megafish audit {run.path} --step {int(folder.name.removeprefix('step_'))})"
+        )
+    return summary
 
 
 def _distinct(names: list[str], paths: list[Path]) -> list[str]:

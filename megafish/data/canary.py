@@ -133,8 +133,12 @@ def choose(candidates: Iterable[Candidate], config: CanaryConfig) -> tuple[list[
 
     Raises InputError where there are too few, saying how many there are.
     """
-    distinct = {candidate.digest: candidate for candidate in candidates}
-    ranked = sorted(distinct.values(), key=lambda candidate: candidate.priority)[: config.total]
+    distinct: dict[int, Candidate] = {}
+    for candidate in candidates:
+        distinct[candidate.digest] = candidate
+        if len(distinct) > 2 * config.total:  # memory must not grow with the number of parts
+            distinct = {kept.digest: kept for kept in _best(distinct, config)}
+    ranked = _best(distinct, config)
     if len(ranked) < config.total:
         where = config.file if config.file is not None else "the corpus"
         raise InputError(
@@ -157,6 +161,10 @@ def places(canaries: Sequence[Canary], seed: int, documents: int) -> list[tuple[
         for copy in range(canary.exposures)
     ]
     return [(place, number) for place, _, number in sorted(scattered)]
+
+
+def _best(candidates: dict[int, Candidate], config: CanaryConfig) -> list[Candidate]:
+    return sorted(candidates.values(), key=lambda candidate: candidate.priority)[: config.total]
 
 
 def _hash64(seed: int, purpose: str, *values: int) -> int:

@@ -11,8 +11,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,8 @@ import numpy.typing as npt
 from megafish.config import DataConfig, SourceConfig
 from megafish.data.indexed import IndexedDataset, file_pair
 from megafish.data.order import ORDER, Locations, SampleOrder
+from megafish.data.tokenizer import Tokenizer, load_tokenizer
 from megafish.errors import InputError
-
-if TYPE_CHECKING:
-    from megafish.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "megafish-corpus", 1
@@ -105,6 +104,12 @@ class Corpus:
         """The tokenizer stored with the corpus; None for a bare pair."""
         return self.path / self.manifest["tokenizer"]["file"] if self.manifest else None
 
+    def open_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer stored with the corpus, with the same end-of-document token; None for a bare pair."""
+        if self.manifest is None:
+            return None
+        return load_tokenizer(self.path / self.manifest["tokenizer"]["file"], eos=self.manifest["tokenizer"]["eos_id"])
+
     def window(self, start: int, length: int) -> Window:
         """The `length` tokens from `start` on, the stream taken as a circle. Raises InputError for an unknown id."""
         parts = []
@@ -132,15 +137,11 @@ class Corpus:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the tokens and the documents' k, wherever the files lie; a checkpoint stores it.
+        """What identifies the tokens and the documents' k, wherever the files lie; a checkpoint stores it (JSON types).
 
-        From the manifest's hashes; for a bare pair the size of the .bin and the hash of the .idx, which is read.
+        From the manifest's hashes; for a bare pair the size of the .bin and the hash of the .idx, which is read once.
         """
-        if self.manifest is not None:
-            files = {name: entry["sha256"] for name, entry in sorted(self._files.items())}
-            return {"files": files, "tokenizer": self.manifest["tokenizer"]["sha256"]}
-        size = self.data.bin_path.stat().st_size
-        return {"bin_bytes": size, "idx_sha256": _sha256(self.data.idx_path)}
+        return self._fingerprint
 
     def verify(self) -> None:
         """Read the split's files in full and compare them with the manifest's sha256; a bare pair has none."""
@@ -151,6 +152,14 @@ class Corpus:
                     f"{self.path / name}: sha256 is {found}, the manifest says {entry['sha256']}: the file has changed "
                     "since it was written, prepare or copy the corpus again"
                 )
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        if self.manifest is not None:
+            files = {name: entry["sha256"] for name, entry in sorted(self._files.items())}
+            return {"files": files, "tokenizer": self.manifest["tokenizer"]["sha256"]}
+        size = self.data.bin_path.stat().st_size
+        return {"bin_bytes": size, "idx_sha256": _sha256(self.data.idx_path)}
 
     def _open_folder(self, split: str) -> None:
         manifest = self.manifest = read_manifest(self.path)
@@ -210,10 +219,13 @@ class Corpus:
         if self.vocab_size is not None and (int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0):
             self._refuse_id(start, tokens)
         numbers, firsts = self.data.documents_in(start, stop)
-        begins = np.maximum(firsts, start) - start
-        lengths = np.diff(begins, append=stop - start)
+        bounds = np.empty(len(firsts) + 1, dtype=np.int64)
+        np.maximum(firsts - start, 0, out=bounds[:-1])
+        bounds[-1] = stop - start
+        lengths = bounds[1:] - bounds[:-1]
         document_starts = np.zeros(stop - start, dtype=np.bool_)
-        document_starts[begins[firsts >= start]] = True
+        document_starts[bounds[:-1]] = True
+        document_starts[0] = firsts[0] == start
         positions = np.arange(start, stop, dtype=np.int64) - np.repeat(firsts, lengths)
         k = None if self._document_k is None else np.repeat(self._document_k[numbers], lengths)
         return Window(tokens, document_starts, positions, k)

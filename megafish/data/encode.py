@@ -53,7 +53,6 @@ class Unit:
     documents: int
     pieces: list[int]
     """Documents of each of its pieces."""
-    candidates: list[Candidate]
 
 
 def encode_unit(
@@ -67,39 +66,37 @@ def encode_unit(
     """Read and encode the documents of `pieces` and leave the unit's files in `folder`.
 
     `on_bytes` is told the bytes of input that are done. Memory: a batch of about 1 MiB of text, or one document.
+    Raises InputError for what is wrong with the input, OSError for what is wrong with `folder`.
     """
     keeper = None
     if options.canaries is not None and options.canaries.file is None:
         keeper = CandidateKeeper(options.canaries, tokenizer)
     encoder = _Encoder(tokenizer, options, keeper)
-    counts = []
+    counts = [0] * len(pieces)
     names = [unit_file(folder, number, kind) for kind in ("tokens", "documents", "json")]
     beside = [name.with_name(f"{name.name}.{os.getpid()}.tmp") for name in names]
-    with disk(folder):
-        try:
-            with open(beside[0], "wb") as tokens_file, open(beside[1], "wb") as documents_file:
-                for piece in pieces:
-                    before, reported = encoder.documents, 0
-                    for batch in _batches(read_piece(piece, options.read)):
-                        encoder.write(batch, piece.file.path, tokens_file, documents_file)
-                        # Compressed files say nothing of how much text is left: what has been read stands for it.
-                        done = min(piece.size, reported + sum(len(document.text) for document in batch))
-                        on_bytes(done - reported)
-                        reported = done
-                    on_bytes(piece.size - reported)
-                    counts.append(encoder.documents - before)
-            summary = {
-                "tokens": encoder.tokens,
-                "documents": encoder.documents,
-                "pieces": counts,
-                "candidates": [asdict(candidate) for candidate in keeper.candidates()] if keeper is not None else [],
-            }
-            beside[2].write_text(json.dumps(summary), encoding="utf-8")
-            for source, target in zip(beside, names, strict=True):
-                os.replace(source, target)
-        finally:
-            for path in beside:
-                path.unlink(missing_ok=True)
+    try:
+        with open(beside[0], "wb") as tokens_file, open(beside[1], "wb") as documents_file:
+            # Text that has been encoded stands for bytes of input: of compressed files no more is known.
+            total, reported = sum(piece.size for piece in pieces), 0
+            for batch in _batches(pieces, options.read, counts):
+                encoder.write(batch, tokens_file, documents_file)
+                done = min(total, reported + sum(len(document.text) for document, _ in batch))
+                on_bytes(done - reported)
+                reported = done
+            on_bytes(total - reported)
+        summary = {
+            "tokens": encoder.tokens,
+            "documents": encoder.documents,
+            "pieces": counts,
+            "candidates": [asdict(candidate) for candidate in keeper.candidates()] if keeper is not None else [],
+        }
+        beside[2].write_text(json.dumps(summary), encoding="utf-8")
+        for source, target in zip(beside, names, strict=True):
+            os.replace(source, target)
+    finally:
+        for path in beside:
+            path.unlink(missing_ok=True)
 
 
 def unit_file(folder: Path, number: int, kind: str) -> Path:
@@ -114,10 +111,15 @@ def finished_unit(folder: Path, number: int, itemsize: int) -> Unit | None:
         sizes = [unit_file(folder, number, kind).stat().st_size for kind in ("tokens", "documents")]
         if sizes != [summary["tokens"] * itemsize, summary["documents"] * DOCUMENT.itemsize]:
             return None
-        candidates = [Candidate(**candidate) for candidate in summary["candidates"]]
-        return Unit(summary["tokens"], summary["documents"], summary["pieces"], candidates)
+        return Unit(summary["tokens"], summary["documents"], summary["pieces"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def unit_candidates(folder: Path, number: int) -> list[Candidate]:
+    """The passages of a finished unit that may become canaries."""
+    summary = json.loads(unit_file(folder, number, "json").read_text(encoding="utf-8"))
+    return [Candidate(**candidate) for candidate in summary["candidates"]]
 
 
 def text_hash(data: bytes, seed: int) -> tuple[int, int]:
@@ -154,11 +156,11 @@ class _Encoder:
         self._dtype = optimal_dtype(tokenizer.vocab_size)
         self._end = np.array([tokenizer.eos_id], dtype=np.int32)
 
-    def write(self, batch: list[Document], path: str, tokens_file: IO[bytes], documents_file: IO[bytes]) -> None:
-        encoded = self._tokenizer.encode_batch([document.text for document in batch])
+    def write(self, batch: list[tuple[Document, str]], tokens_file: IO[bytes], documents_file: IO[bytes]) -> None:
+        encoded = self._tokenizer.encode_batch([document.text for document, _ in batch])
         rows = np.empty(len(batch), dtype=DOCUMENT)
         stream: list[npt.NDArray[Any]] = []
-        for row, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
+        for row, ((document, path), ids) in enumerate(zip(batch, encoded, strict=True)):
             data = document.text.encode("utf-8")
             split, digest = text_hash(data, self._options.split_seed)
             rows[row] = (len(ids) + 1, len(data), document.k, split < self._threshold, digest)
@@ -172,14 +174,17 @@ class _Encoder:
         self.documents += len(batch)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(pieces: Sequence[Piece], options: ReadOptions, counts: list[int]) -> Iterator[list[tuple[Document, str]]]:
+    """The documents of the pieces with their files, some at a time; `counts`: those of each piece, counted here."""
+    batch: list[tuple[Document, str]] = []
     chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, chars = [], 0
+    for number, piece in enumerate(pieces):
+        for document in read_piece(piece, options):
+            counts[number] += 1
+            batch.append((document, piece.file.path))
+            chars += len(document.text)
+            if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+                yield batch
+                batch, chars = [], 0
     if batch:
         yield batch

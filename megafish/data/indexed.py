@@ -153,10 +153,12 @@ class IndexedDataset:
             first = bisect_right(everything, start, key=self._start) - 1
             last = bisect_left(everything, stop, lo=first, key=self._start)
             starts = np.array([self._start(document) for document in range(first, last)], dtype=np.int64)
-        if len(starts) == 1:
-            return np.array([first], dtype=np.int64), starts
-        keep = np.append(np.diff(starts) > 0, True)
-        return np.arange(first, last)[keep], starts[keep]
+        numbers = np.arange(first, last)
+        empty = starts[1:] == starts[:-1]
+        if empty.any():
+            keep = np.append(~empty, True)
+            numbers, starts = numbers[keep], starts[keep]
+        return numbers, starts
 
     def _start(self, document: int) -> int:
         sequence = document if self._one_sequence_each else int(self._documents[document])

@@ -14,10 +14,14 @@ import numpy.typing as npt
 import torch
 
 from megafish.data.corpus import Sample, SampleStream
+from megafish.data.order import Locations
 from megafish.errors import InputError
 
 IGNORE = -100
 """Target that is not supervised."""
+
+# Samples located at one time.
+_LOCATED = 1024
 
 MaskFn = Callable[[Sequence[Sample]], npt.NDArray[np.bool_]]
 """Samples of one length -> bool [b, S], True where the target is dropped."""
@@ -114,7 +118,9 @@ class Loader:
 
     def step(self, consumed: int) -> StepBatch:
         """The one step that begins at sample `consumed`, made at once."""
-        locations = self.stream.locate(consumed, self.global_batch_size)
+        return self._make_step(self.stream.locate(consumed, self.global_batch_size))
+
+    def _make_step(self, locations: Locations) -> StepBatch:
         digest = hashlib.blake2b(self._identity, digest_size=8)
         for field in locations:
             digest.update(field.astype("<i8", copy=False).tobytes())
@@ -123,12 +129,17 @@ class Loader:
         for first in range(self.rank * self.micro_batch_size, self.global_batch_size, share):
             rows = range(first, first + self.micro_batch_size)
             batches.append(make_batch([self.stream.read_at(locations, row) for row in rows], self.mask))
-        return StepBatch(batches, consumed, digest.hexdigest())
+        return StepBatch(batches, int(locations.number[0]), digest.hexdigest())
 
     def _make_steps(self, consumed: int) -> Iterator[StepBatch]:
+        # Finding a few samples costs as much as finding hundreds, so small steps are located many at a time.
+        size = self.global_batch_size
+        block = max(1, _LOCATED // size) * size
         while True:
-            yield self.step(consumed)
-            consumed += self.global_batch_size
+            locations = self.stream.locate(consumed, block)
+            for first in range(0, block, size):
+                yield self._make_step(Locations(*(field[first : first + size] for field in locations)))
+            consumed += block
 
 
 class EvalLoader:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import datetime
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megafish.data.assemble import HashedFile, assemble
-from megafish.data.canary import CanaryConfig, CandidateKeeper, choose
-from megafish.data.encode import EncodeOptions, Unit, disk, encode_unit, finished_unit, text_hash
+from megafish.data.canary import Canary, CanaryConfig, Candidate, CandidateKeeper, choose
+from megafish.data.encode import EncodeOptions, Unit, disk, encode_unit, finished_unit, text_hash, unit_candidates
 from megafish.data.indexed import optimal_dtype
 from megafish.data.readers import InputFile, Piece, ReadOptions, find_files, read_piece, split_file
 from megafish.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +47,7 @@ _OUTPUTS = (
 
 # A unit is what is lost when a run is killed and what a process works on at one time: small enough to share out evenly,
 # large enough that a big corpus has a few thousand of them.
-_UNIT_BYTES = (4 << 20, 256 << 20)
+_UNIT_BYTES = (1 << 20, 256 << 20)
 _UNITS_WANTED = 4096
 
 
@@ -72,7 +73,8 @@ def prepare(
     Each document becomes its ids and an end-of-document token, in the order of the input (folders by sorted path).
     `valid_fraction` of the documents, chosen by a hash of their text and `split_seed`, go to the validation split, so
     that duplicates are on one side; 0 writes no validation split. `workers`: processes, by default one a core.
-    `overwrite` replaces a corpus that is there, once the new one is complete, and forgets an unfinished run.
+    `overwrite` replaces a corpus that is there, once the new one is complete, and forgets an unfinished run with other
+    settings.
 
     With more than one worker, call it below `if __name__ == "__main__":` in a script: workers are started afresh.
     Raises InputError for whatever the user can mend, naming file and place.
@@ -102,7 +104,7 @@ def prepare(
     return folder / MANIFEST
 
 
-# -------------------------------------------------------------------------------------------------------------- planning
+# ------------------------------------------------------------------------------------------------------------- planning
 
 
 def _plan(files: Sequence[InputFile], tokenizer: Tokenizer, options: EncodeOptions) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def _count(workers: int | None) -> int:
 
 @contextmanager
 def _work_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """The folder of an unfinished run, new or continued, locked. Removed when the block ends without an exception."""
+    """The folder of an unfinished run, new or continued, locked. Removed unless the block fails with units done."""
     work = folder / _WORK
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; the output is a folder")
@@ -167,7 +169,15 @@ def _work_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             shutil.rmtree(work / "units", ignore_errors=True)
             _write_json(work / _PLAN, plan)
         (work / "units").mkdir(exist_ok=True)
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if not any((work / "units").glob("*.json")):  # nothing worth keeping: leave no trace
+                (work / _PLAN).unlink()
+                shutil.rmtree(work)
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
         (work / _PLAN).unlink()  # first: without a plan the rest is rubbish
         shutil.rmtree(work)
 
@@ -191,7 +201,7 @@ def _compare(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> None
         raise InputError(f"{unfinished} on other input ({which}); {way_out}")
 
 
-# -------------------------------------------------------------------------------------------------------------- encoding
+# ------------------------------------------------------------------------------------------------------------- encoding
 
 
 def _encode(
@@ -243,7 +253,7 @@ def _encode_in_processes(
             ) from None
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Stopped(Exception):
@@ -277,7 +287,7 @@ def _work_on(folder: Path, number: int, pieces: list[Piece]) -> None:
     encode_unit(folder, number, pieces, _worker["tokenizer"], _worker["options"], on_bytes)
 
 
-# -------------------------------------------------------------------------------------------------------------- finishing
+# ------------------------------------------------------------------------------------------------------------ finishing
 
 
 def _finish(
@@ -295,12 +305,15 @@ def _finish(
     if not any(unit.documents for unit in done):
         raise InputError(f"{files[0].root}: the corpus is empty: no document has any text ({len(files)} files read)")
     config = options.canaries
-    canaries, left_out = [], set()
+    canaries: list[Canary] = []
+    left_out: set[int] = set()
     if config is not None:
+        candidates: Iterable[Candidate]
         if config.file is not None:
             candidates = _candidates_of_file(config, config.file, tokenizer, options)
         else:
-            candidates = [candidate for unit in done for candidate in unit.candidates]
+            parts = (unit_candidates(work / "units", number) for number in range(len(units)))
+            candidates = itertools.chain.from_iterable(parts)
         canaries, left_out = choose(candidates, config)
     final = work / "final"
     shutil.rmtree(final, ignore_errors=True)
@@ -361,7 +374,9 @@ def _finish(
             (folder / output).unlink(missing_ok=True)
 
 
-def _candidates_of_file(config: CanaryConfig, path: str, tokenizer: Tokenizer, options: EncodeOptions) -> list[Any]:
+def _candidates_of_file(
+    config: CanaryConfig, path: str, tokenizer: Tokenizer, options: EncodeOptions
+) -> list[Candidate]:
     read = ReadOptions(options.read.text_key, None, "blank-line", options.read.text_suffixes)
     keeper = CandidateKeeper(config, tokenizer)
     for file in find_files([path], read)[0]:
@@ -397,7 +412,6 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot read the file ({error.strerror})") from None

@@ -134,6 +134,8 @@ def split_file(file: InputFile, options: ReadOptions, piece_bytes: int) -> list[
         cuts = [*range(0, groups, per_piece), groups]
         return [Piece(file, a, b, file.size * (b - a) // groups) for a, b in itertools.pairwise(cuts)]
     if file.compression or (file.kind == "text" and options.documents == "file"):
+        if not file.compression:
+            _check_whole(file, file.size)
         return [Piece(file, 0, file.size, file.size)]
     cuts = [*range(0, file.size, piece_bytes), file.size]
     return [Piece(file, a, b, b - a) for a, b in itertools.pairwise(cuts)]
@@ -209,10 +211,10 @@ def _faults(file: InputFile) -> Iterator[None]:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file.path}: damaged gzip file ({error})") from None
-    except OSError as error:
-        raise InputError(f"{file.path}: cannot read the file ({error.strerror or error})") from None
-    except ValueError as error:
-        if type(error).__module__.startswith("pyarrow"):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{file.path}: cannot read the file ({error.strerror})") from None
+        if file.kind == "parquet":  # pyarrow raises ArrowInvalid, a ValueError, or a bare OSError
             raise InputError(f"{file.path}: damaged parquet file ({str(error).splitlines()[0]})") from None
         raise
 
@@ -358,6 +360,11 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> Iterator[Document]:
         names = parquet.schema_arrow.names
         if key not in names:
             raise InputError(f"{path}: no column {key!r} (it has {_few(names)}); name it with --text-key")
+        kind = parquet.schema_arrow.field(key).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(f"{path}: column {key!r} is {kind}, not text")
         columns = [key] if k_key is None or k_key not in names else [key, k_key]
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
@@ -365,9 +372,7 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> Iterator[Document]:
             try:
                 texts = batch.column(key).cast(pa.large_string()).to_pylist()
             except (pa.ArrowInvalid, UnicodeDecodeError):
-                raise InputError(f"{path}: rows {row} to {row + len(batch)}: invalid UTF-8, or not text") from None
-            except pa.ArrowNotImplementedError:
-                raise InputError(f"{path}: column {key!r} is {batch.column(key).type}, not text") from None
+                raise InputError(f"{path}: rows {row} to {row + len(batch) - 1}: invalid UTF-8") from None
             ks = batch.column(k_key).to_pylist() if k_key in columns else [DEFAULT_K] * len(texts)
             for number, (text, k) in enumerate(zip(texts, ks, strict=True), start=row):
                 if text is None:
@@ -379,16 +384,20 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> Iterator[Document]:
 def _read_whole(piece: Piece) -> Iterator[Document]:
     with _open(piece.file) as stream:
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise InputError(
-            f"{piece.file.path}: over {MAX_DOCUMENT_BYTES >> 20} MiB in one document; "
-            "say where documents end with --documents line or blank-line"
-        )
+    _check_whole(piece.file, len(data))
     try:
         yield Document(data.removeprefix(_BOM).decode("utf-8"), DEFAULT_K)
     except UnicodeDecodeError as error:
         offset = error.start + len(_BOM) * data.startswith(_BOM)
         raise InputError(f"{piece.file.path}: invalid UTF-8 at byte {offset}") from None
+
+
+def _check_whole(file: InputFile, size: int) -> None:
+    if size > MAX_DOCUMENT_BYTES:
+        raise InputError(
+            f"{file.path}: over {MAX_DOCUMENT_BYTES >> 20} MiB in one document; "
+            "say where documents end with --documents line or blank-line"
+        )
 
 
 def _read_lines(piece: Piece) -> Iterator[Document]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import random
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from megafish.data.readers import ReadOptions, find_files, read_piece, split_file
 from megafish.errors import InputError
+from megafish.progress import track
 
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
@@ -25,10 +30,15 @@ _SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Characters per call of sentencepiece. BPE keeps one heap for the text it is given: short segments keep it in the cache
-# (1.2x faster at 4096). Only exact cuts are made, so this changes no token of a BPE model. Unigram breaks ties by
-# floating-point sums along the whole text, so it is cut only where memory would otherwise grow with the document.
+# (1.2x faster at 4096), and a cut before a space changes no token. Unigram breaks ties by floating-point sums along the
+# whole text, so it is cut only where memory would otherwise grow with the document.
 _BPE_SEGMENT = 4096
 _UNIGRAM_SEGMENT = 1 << 20
+_LONGEST_SEGMENT = 2 << 20  # text without a space is cut here, whatever the tokens: still lossless
+
+_TRAIN_PIECE = 1 << 20  # bytes of input drawn at one time
+_TRAIN_BLOCK = 4096  # characters of a training "sentence": several lines, so that pieces with newlines are learned
+_TRAIN_THREADS = 8  # fixed: the trainer's sums depend on it
 
 
 class Tokenizer(ABC):
@@ -227,6 +237,99 @@ def load_tokenizer(path: str | Path, *, eos: str | int | None = None) -> Tokeniz
     return kind(path, data, eos)
 
 
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    *,
+    options: ReadOptions | None = None,
+    sample_bytes: int = 64 << 20,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Tokenizer:
+    """Train a sentencepiece model on files and folders, write it to the file `output`, and load it.
+
+    Lossless on any UTF-8 text: no normalization, no added space, bytes for what the vocabulary lacks. Runs of spaces,
+    newlines and punctuation with the newline after it can become pieces, digits stay single (as in Llama). Ids 0, 1, 2
+    are `<unk>`, `<s>`, `</s>`, ids 3 to 258 the bytes.
+
+    At most about `sample_bytes` of text, from pieces of the input drawn by `seed`, are read and held in memory.
+    Raises InputError for unreadable input and for a vocabulary that does not fit the text.
+    """
+    import sentencepiece
+
+    output = Path(output)
+    if kind not in ("bpe", "unigram"):
+        raise InputError(f"tokenizer kind {kind!r}: choose bpe or unigram")
+    if vocab_size < 300:
+        raise InputError(f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and letters need 300")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: the file exists; choose another name or replace it with --overwrite")
+    options = options or ReadOptions()
+    sample = _sample(inputs, options, sample_bytes, seed, progress)
+    if not sample:
+        raise InputError(f"{inputs[0]}: no document has any text to train a tokenizer on")
+    model = io.BytesIO()
+    with track(None, f"training a tokenizer on {len(sample)} blocks of text", enabled=progress):
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sample),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=kind,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                split_digits=True,
+                character_coverage=0.9995,
+                max_sentence_length=_TRAIN_BLOCK * 4 + 4,
+                num_threads=_TRAIN_THREADS,
+                minloglevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"vocab_size={vocab_size} does not fit the text: {_vocabulary_fault(error)}") from None
+    beside = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(model.getvalue())
+        os.replace(beside, output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
+    return load_tokenizer(output)
+
+
+def _sample(
+    inputs: Sequence[str | Path], options: ReadOptions, sample_bytes: int, seed: int, progress: bool
+) -> list[str]:
+    """Blocks of text from randomly drawn pieces of the input, up to a budget of bytes."""
+    pieces = [piece for file in find_files(inputs, options)[0] for piece in split_file(file, options, _TRAIN_PIECE)]
+    order = random.Random(seed).sample(range(len(pieces)), len(pieces))
+    blocks: list[str] = []
+    used = 0
+    with track(min(sample_bytes, sum(piece.size for piece in pieces)), "sampling", "B", enabled=progress) as tracker:
+        for number in order:
+            of_piece = 0
+            for document in read_piece(pieces[number], options):
+                for start in range(0, len(document.text), _TRAIN_BLOCK):
+                    # The trainer takes no text with NUL and none with its own two marks.
+                    texts = re.split("[\0\u2581\u2585]", document.text[start : start + _TRAIN_BLOCK])
+                    blocks += [text for text in texts if text]
+                size = len(document.text.encode("utf-8"))
+                of_piece += size
+                used += size
+                tracker.advance(size)
+                # A compressed file is one piece however long: it may not fill the sample alone.
+                if of_piece >= 4 * _TRAIN_PIECE or used >= sample_bytes:
+                    break
+            if used >= sample_bytes:
+                break
+    return blocks
+
+
 def special_lut(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
     """True at the special tokens, bool [vocab_size]."""
     table = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -262,11 +365,14 @@ def _cut_before_space(text: str, size: int) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        end = text.find(" ", start + size)
+        limit = start + _LONGEST_SEGMENT
+        end = text.find(" ", start + size, limit)
         while end > 0 and text[end - 1] == " ":
-            end = text.find(" ", end + 1)
+            end = text.find(" ", end + 1, limit)
         if end < 0:
-            break
+            if len(text) <= limit:
+                break
+            end = limit
         yield text[start:end]
         start = end
     yield text[start:]
@@ -285,6 +391,15 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+def _vocabulary_fault(error: BaseException) -> str:
+    """What the sentencepiece trainer says of the vocabulary's size, without its source lines and option names."""
+    if match := re.search(r"value <= (\d+)", str(error)):
+        return f"it has pieces for at most {match[1]}; choose that or give more text"
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        return f"its characters alone take {match[1]}; choose more"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,11 +30,11 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts.
 
-    temperature 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature), limited to the
-    top_k most probable ones and to the smallest set whose probability reaches top_p (Holtzman et al. 2020). A continuation
-    ends before the tokenizer's end-of-text token, before a stop id, before the first occurrence of a stop string, or after
-    max_new_tokens. What prompt i yields depends on (seed, i) and not on the batch it is in, up to rounding in the matrix
-    products.
+    temperature 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature), limited
+    to the top_k most probable ones and to the smallest set whose probability reaches top_p (Holtzman et al. 2020). A
+    continuation ends before the tokenizer's end-of-text token, before a stop id, before the first occurrence of a
+    stop string, or after max_new_tokens. What prompt i yields depends on (seed, i) and not on the batch it is in, up
+    to rounding in the matrix products.
 
     tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal.
     Raises InputError for an empty prompt, an id outside the vocabulary and values out of range.
@@ -53,6 +53,42 @@ def generate(
     return results
 
 
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str | int] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """`generate` from text to text: what follows each prompt, without the prompt."""
+    ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    outputs = generate(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    # Decoded together: a continuation on its own would lose the space before its first word with some tokenizers.
+    starts = [len(tokenizer.decode(prompt)) for prompt in ids]
+    return [
+        tokenizer.decode(prompt + output)[start:] for prompt, output, start in zip(ids, outputs, starts, strict=True)
+    ]
+
+
 class Sampler:
     """Chooses the next tokens from logits."""
 
@@ -66,7 +102,8 @@ class Sampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
 
     def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], by inversion of the cumulative distribution."""
+        """logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], by inversion of the cumulative
+        distribution."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
         values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
@@ -173,4 +210,6 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             raise InputError(f"prompt {i} is empty: give at least one token")
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= vocab_size:
-            raise InputError(f"prompt {i} holds id {low if low < 0 else high}, the vocabulary has 0 to {vocab_size - 1}")
+            raise InputError(
+                f"prompt {i} holds id {low if low < 0 else high}, the vocabulary has 0 to {vocab_size - 1}"
+            )

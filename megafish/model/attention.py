@@ -1,7 +1,7 @@
 """Causal attention that never crosses a document, by whichever kernel is there.
 
-flash-attn's varlen kernel where it is installed, torch's own (torch.nn.attention.varlen, torch >= 2.10) otherwise, both on
-CUDA in half precision; scaled_dot_product_attention everywhere else.
+flash-attn's varlen kernel where it is installed, torch's own (torch.nn.attention.varlen, torch >= 2.10) otherwise,
+both on CUDA in half precision; block_attention on the CPU; scaled_dot_product_attention everywhere else.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megafish.model.block_attention import Segment, block_attention, segments
+
+BLOCK_DEVICES = ("cpu",)
+"""Device types on which block_attention takes the place of a mask."""
+
+BLOCK_LENGTHS = range(257, 1025)
+"""There, block_attention is measured faster than SDPA's causal kernel for undivided rows of these lengths."""
+
 
 @dataclass(frozen=True)
 class Layout:
     """Which tokens of a batch see which: made once per batch by `layout`, shared by all blocks.
 
-    cu_seqlens and max_seqlen are set for the variable-length kernels; mask (additive, [b or 1, 1, S, S]) for SDPA when plain
-    causality is not enough.
+    cu_seqlens and max_seqlen are set for the variable-length kernels, documents for block_attention, mask (additive,
+    [b or 1, 1, S, S]) for SDPA; none of them: SDPA with plain causality.
     """
 
     window: int | None
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
+    documents: list[Segment] | None = None
     mask: torch.Tensor | None = None
 
 
@@ -41,8 +50,9 @@ def layout(
 ) -> Layout:
     """Attention layout of a packed batch of `batch` rows of `length` tokens.
 
-    cu_seqlens: int32 [documents + 1], offsets of the documents in the flattened batch; every row starts a document. None: each
-    row is one document. max_seqlen: the longest document (defaults to `length`, an upper bound that is always safe).
+    cu_seqlens: int32 [documents + 1], offsets of the documents in the flattened batch; every row starts a document.
+    None: each row is one document. max_seqlen: the longest document (defaults to `length`, an upper bound that is
+    always safe).
     """
     if window is not None and window >= length:
         window = None
@@ -51,7 +61,10 @@ def layout(
             cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         return Layout(window, cu_seqlens=cu_seqlens.to(device), max_seqlen=max_seqlen or length)
     one_document_per_row = cu_seqlens is None or cu_seqlens.numel() == batch + 1
-    if one_document_per_row and window is None:
+    undivided = one_document_per_row and window is None
+    if device.type in BLOCK_DEVICES and (not undivided or length in BLOCK_LENGTHS):
+        return Layout(window, documents=segments(batch, length, cu_seqlens))
+    if undivided:
         return Layout(None)
     place = torch.arange(length, device=device)
     distance = place[:, None] - place[None, :]
@@ -76,13 +89,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: L
     if kernel is not None and where.cu_seqlens is not None:
         flat = [x.flatten(0, 1) for x in (query, key, value)]
         return kernel(*flat, where.cu_seqlens, where.max_seqlen, where.window).view_as(query)
+    if where.documents is not None:
+        return block_attention(query, key, value, where.documents, where.window)
     return _sdpa(query, key, value, where.mask, causal=where.mask is None)
 
 
 def attend_cached(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, L, H_kv, head_dim].
+    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, L,
+    H_kv, head_dim].
 
     A query sees the cache entries up to and including its own position; later ones may hold anything finite.
     """
@@ -148,7 +164,7 @@ def _torch_kernel() -> Kernel | None:
 
     def kernel(q: Any, k: Any, v: Any, cu_seqlens: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
         left = -1 if window is None else window - 1
-        return varlen_attn(
+        out = varlen_attn(
             q,
             k,
             v,
@@ -159,5 +175,7 @@ def _torch_kernel() -> Kernel | None:
             window_size=(left, 0),
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        assert isinstance(out, torch.Tensor)
+        return out
 
     return kernel

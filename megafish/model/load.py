@@ -35,8 +35,8 @@ class LoadedRun:
 def save_weights(model: Transformer | Mapping[str, torch.Tensor], folder: str | Path) -> Path:
     """Write model.safetensors into `folder` (made if missing) and return its path.
 
-    Tensors keep their dtype. A tensor that stands under two names (tied embeddings) is written once, under the first. The file
-    appears only when it is complete.
+    Tensors keep their dtype. A tensor that stands under two names (tied embeddings) is written once, under the first.
+    The file appears only when it is complete.
     """
     state = model.state_dict() if isinstance(model, Transformer) else model
     tensors: dict[str, torch.Tensor] = {}
@@ -61,8 +61,8 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
     """Read `folder`/model.safetensors into the model: every tensor must be there with the right shape.
 
     The values are copied into the model's own tensors (its dtype and device); a model on the meta device takes over the
-    stored tensors, on the CPU and in their stored dtype. Raises InputError for a missing or damaged file, and for tensors
-    that are missing, unknown or of another shape.
+    stored tensors, on the CPU and in their stored dtype. Raises InputError for a missing or damaged file, and for
+    tensors that are missing, unknown or of another shape.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
@@ -86,8 +86,11 @@ def _check_names(path: Path, wanted: Mapping[str, torch.Tensor], stored: Mapping
     missing = [name for name in wanted if name not in stored]
     unknown = [name for name in stored if name not in wanted]
     if missing or unknown:
-        parts = [f"{len(names)} tensors {what} ({names[0]} first)" for what, names in
-                 (("missing", missing), ("not of this model", unknown)) if names]
+        parts = [
+            f"{len(names)} tensors {what} ({names[0]} first)"
+            for what, names in (("missing", missing), ("not of this model", unknown))
+            if names
+        ]
         raise InputError(f"{path}: {', '.join(parts)}: the weights are of a model of another shape (section model)")
     for name, tensor in wanted.items():
         if tensor.shape != stored[name].shape:
@@ -100,9 +103,9 @@ def _check_names(path: Path, wanted: Mapping[str, torch.Tensor], stored: Mapping
 def load_run(path: str | Path, step: int | None = None, device: str | torch.device | None = None) -> LoadedRun:
     """Model, tokenizer and configuration of a run.
 
-    path: the run directory, or a checkpoint folder inside it (RUN/checkpoints/step_00001000). step: which checkpoint, default
-    the latest. device: default CUDA where there is a GPU. The model is in evaluation mode and in its stored dtype.
-    Raises InputError when anything is missing or does not fit.
+    path: the run directory, or a checkpoint folder inside it (RUN/checkpoints/step_00001000). step: which checkpoint,
+    default the latest. device: default CUDA where there is a GPU. The model is in evaluation mode and in its stored
+    dtype. Raises InputError when anything is missing or does not fit.
     """
     folder = Path(path)
     if folder.parent.name == "checkpoints" and not (folder / "config.yaml").exists():

@@ -1,4 +1,5 @@
-"""Rotary position embeddings (Su et al. 2021), half-split convention of Hugging Face's Llama, with context extension."""
+"""Rotary position embeddings (Su et al. 2021), half-split convention of Hugging Face's Llama, with context
+extension."""
 
 from __future__ import annotations
 
@@ -51,10 +52,10 @@ def _yarn(frequencies: torch.Tensor, scaling: RopeScaling, theta: float) -> torc
 
 
 class RotaryTable:
-    """cos and sin of every position, fp32 [length, head_dim / 2], grown on demand and kept per device.
+    """cos and sin of every position, fp32 [length, head_dim], grown on demand and kept per device.
 
-    Not a module buffer: a buffer would be rounded when the model is cast to bf16, and positions above 256 have no exact
-    bf16 form.
+    Laid out for `fused.rotary`: cos repeats its half, the first half of sin is negated. Not a module buffer: a buffer
+    would be rounded when the model is cast to bf16.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -62,20 +63,12 @@ class RotaryTable:
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for positions 0 to length - 1, fp32 [length, head_dim / 2]."""
+        """cos and sin for positions 0 to length - 1, fp32 [length, head_dim]."""
         table = self._tables.get(device)
         if table is None or table[0].shape[0] < length:
             rows = max(256, 1 << (length - 1).bit_length())
             angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), self._frequencies)
-            cos, sin = (angles.cos() * self._factor).float(), (angles.sin() * self._factor).float()
+            cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
+            cos, sin = torch.cat((cos, cos), -1).float(), torch.cat((-sin, sin), -1).float()
             table = self._tables[device] = (cos.to(device), sin.to(device))
         return table[0][:length], table[1][:length]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of x [..., head_dim] by the angles whose cos and sin [..., head_dim / 2] broadcast.
-
-    The arithmetic is fp32 for lower-precision inputs; the result has x's dtype.
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,5 @@
-"""A Llama-family decoder made for pretraining: fused projections, packed documents, a loss that skips what is not supervised."""
+"""A Llama-family decoder made for pretraining: fused projections, packed documents, a loss that skips what is not
+supervised."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from megafish.config import LossConfig, ModelConfig
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
-from megafish.model.rope import RotaryTable, rotate
+from megafish.model.flops import padded_vocab_size
+from megafish.model.fused import rms_norm, rotary, swiglu
+from megafish.model.rope import RotaryTable
 from megafish_kernels import linear_cross_entropy
 
 IGNORE = -100
@@ -23,8 +26,8 @@ IGNORE = -100
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms] / denominator. ce_sum: detached fp32 scalar,
-    the sum of plain cross-entropy [nats] over the kept tokens."""
+    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms] / denominator. ce_sum: detached
+    fp32 scalar, the sum of plain cross-entropy [nats] over the kept tokens."""
 
     loss: torch.Tensor
     ce_sum: torch.Tensor
@@ -60,7 +63,7 @@ class Linear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
-        self.register_parameter("bias", bias)
+        self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -75,7 +78,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class KVCache:
@@ -164,10 +167,11 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """x [b, S, D] -> [b, S, D], or [n, D] for the given flat rows only."""
         heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, step.cos, step.sin), rotate(key, step.cos, step.sin)
+            query, key = both.split((self.heads, self.kv_heads), dim=-2)
+            both = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
+        query, key = rotary(both, step.cos, step.sin).split((self.heads, self.kv_heads), dim=-2)
         if step.cache is not None:
             assert step.positions is not None
             key, value = step.cache.append(self.layer, key, value, step.positions)
@@ -192,8 +196,7 @@ class FeedForward(nn.Module):
         self.down = Linear(init.normal(f"{name}.down.weight", (width, inner), _residual_std(config)), biases[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -207,8 +210,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, layer, init)
 
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """x [b, S, D] -> [b, S, D]. With `rows` (int64 indices into the flattened batch), only those rows come out, as [n, D]:
-        what follows the attention is not computed for the others."""
+        """x [b, S, D] -> [b, S, D]. With `rows` (int64 indices into the flattened batch), only those rows come out,
+        as [n, D]: what follows the attention is not computed for the others."""
         mixed = self.attention(self.attention_norm(x), step, rows)
         x = mixed + (x if rows is None else x.flatten(0, 1).index_select(0, rows))
         return x + self.feed_forward(self.feed_forward_norm(x))
@@ -226,7 +229,8 @@ class Embedding(nn.Module):
 
 
 class LossHead(nn.Module):
-    """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its forward."""
+    """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its
+    forward."""
 
     def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig) -> None:
         super().__init__()
@@ -241,12 +245,12 @@ class LossHead(nn.Module):
         denominator: float | torch.Tensor | None = None,
         per_token: bool = False,
     ) -> torch.Tensor | LossOutput:
-        """hidden [..., D]. Without targets: fp32 logits [..., padded V]. With targets [...]: LossOutput, or with per_token the
-        plain cross-entropy fp32 [...] in nats, 0 at ignored positions."""
+        """hidden [..., D]. Without targets: fp32 logits [..., padded V]. With targets [...]: LossOutput, or with
+        per_token the plain cross-entropy fp32 [...] in nats, 0 at ignored positions."""
         if targets is None:
             return F.linear(hidden, self.weight).float()
         if per_token:
-            return linear_cross_entropy(
+            per_token_loss = linear_cross_entropy(
                 hidden,
                 self.weight,
                 targets,
@@ -254,8 +258,9 @@ class LossHead(nn.Module):
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.loss.chunk_tokens,
             )
-        plain = self.loss.z_loss == 0.0 and self.loss.label_smoothing == 0.0
-        result = linear_cross_entropy(
+            assert isinstance(per_token_loss, torch.Tensor)
+            return per_token_loss
+        total, stats = linear_cross_entropy(
             hidden,
             self.weight,
             targets,
@@ -264,27 +269,19 @@ class LossHead(nn.Module):
             label_smoothing=self.loss.label_smoothing,
             vocab_size=self.vocab_size,
             chunk_tokens=self.loss.chunk_tokens,
-            return_stats=not plain,
+            return_stats="loss",
         )
-        kept = targets != IGNORE
         if denominator is None:
-            denominator = kept.sum().clamp(min=1)
-        if plain:
-            return LossOutput(result / denominator, result.detach())
-        total, stats = result
-        with torch.no_grad():
-            target_rows = F.embedding(targets.clamp(min=0), self.weight)
-            target_logit = (hidden.float() * target_rows.float()).sum(-1)
-            ce_sum = torch.where(kept, stats.lse - target_logit, 0.0).sum()
-        return LossOutput(total / denominator, ce_sum)
+            denominator = (targets != IGNORE).sum().clamp(min=1)
+        return LossOutput(total / denominator, stats.cross_entropy.sum())
 
 
 class Transformer(nn.Module):
     """Decoder-only language model of the shape `config`.
 
-    vocab_size: real vocabulary (the tokenizer's); the embedding has config.vocab_size rows, or vocab_size rounded up to a
-    multiple of 64. Padding rows are zero and take no part in the loss. The weights depend on (seed, parameter name) only.
-    Raises InputError if config.vocab_size is smaller than vocab_size.
+    vocab_size: real vocabulary (the tokenizer's); the embedding has config.vocab_size rows, or vocab_size rounded up
+    to a multiple of 64. Padding rows are zero and take no part in the loss. The weights depend on (seed, parameter
+    name) only. Raises InputError if config.vocab_size is smaller than vocab_size.
     """
 
     def __init__(
@@ -299,7 +296,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.padded_vocab_size = config.vocab_size if config.vocab_size is not None else -(-vocab_size // 64) * 64
+        self.padded_vocab_size = padded_vocab_size(config, vocab_size)
         if self.padded_vocab_size < vocab_size:
             raise InputError(
                 f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}: "
@@ -320,7 +317,8 @@ class Transformer(nn.Module):
         self._rotary = RotaryTable(config)
 
     def tie(self) -> None:
-        """Share the embedding with the head again after its tensor was replaced (no effect unless the model ties them)."""
+        """Share the embedding with the head again after its tensor was replaced (no effect unless the model ties
+        them)."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -339,13 +337,14 @@ class Transformer(nn.Module):
     ) -> torch.Tensor | LossOutput:
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
-        targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out of the
-        loss (not used with per_token). cu_seqlens: int32 [documents + 1], offsets of the documents in the flattened batch,
-        which attention never crosses (None: a row is a document); max_seqlen: the longest of them.
+        targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out
+        of the loss (not used with per_token). cu_seqlens: int32 [documents + 1], offsets of the documents in the
+        flattened batch, which attention never crosses (None: a row is a document); max_seqlen: the longest of them.
         denominator: what the summed loss is divided by (default: the number of kept tokens).
 
-        Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without targets
-        the logits fp32 [b, S, padded vocabulary], [b, 1, ...] with last_only. With a cache the tokens follow what it holds.
+        Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without
+        targets the logits fp32 [b, S, padded vocabulary], [b, 1, ...] with last_only. With a cache the tokens follow
+        what it holds.
         """
         step = self._step(tokens, cu_seqlens, max_seqlen, cache)
         rows: torch.Tensor | None = None
@@ -381,9 +380,9 @@ class Transformer(nn.Module):
                 raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")
             positions = cache.positions(length)
             cos, sin = self._rotary.get(cache.keys.shape[2], device)
-            return Step(cos[positions, None], sin[positions, None], None, cache, positions)
-        # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key of
-        # another document, so counting anew in every document would give the same.
+            return Step(cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
+        # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key
+        # of another document, so counting anew in every document would give the same.
         cos, sin = self._rotary.get(length, device)
         where = layout(
             batch,

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from megafish_kernels import goldfish_drop
 
 from megafish.config import GoldfishConfig
 from megafish.data.corpus import DEFAULT, NEVER, Sample
 from megafish.data.tokenizer import Tokenizer, casefold_table, special_lut
 from megafish.errors import InputError
+from megafish_kernels import goldfish_drop
 
 _Bools = npt.NDArray[np.bool_]
 
@@ -29,12 +29,10 @@ class GoldfishMask:
     does, across documents and without left context.
 
     `tokenizer` names the special tokens, which are never dropped, and gives the canonical ids; without one there are no
-    special tokens. k comes from the document, else its source, else the configuration. Raises InputError for settings
-    that the scheme does not have.
+    special tokens. k comes from the document, else its source, else the configuration.
     """
 
     def __init__(self, config: GoldfishConfig, tokenizer: Tokenizer | None = None) -> None:
-        _refuse_idle_settings(config)
         self.config = config
         self._exempt = None if tokenizer is None else special_lut(tokenizer)
         self._special_ids = [] if tokenizer is None else sorted(tokenizer.special_ids)
@@ -59,7 +57,10 @@ class GoldfishMask:
         tokens = np.stack([sample.tokens for sample in samples])
         if config.scheme == "table":
             k = k if isinstance(k, int) or k is None else k[:, context:]
-            return goldfish_drop(tokens[:, context:], k=k, h=config.h, scheme="table", exempt=self._exempt)
+            targets = tokens[:, context:]
+            return goldfish_drop(
+                targets, k=k, h=config.h, scheme="table", exempt=self._exempt, canonical=self._canonical
+            )
         options: dict[str, Any] = {"k": k, "scheme": config.scheme, "exempt": self._exempt, "halo": context}
         if config.scheme == "goldfish-v1":
             options |= {"h": config.h, "seed": config.seed, "window": config.window, "min_context": config.min_context}
@@ -108,20 +109,3 @@ class GoldfishMask:
                 "run's k)"
             )
         return k
-
-
-def _refuse_idle_settings(config: GoldfishConfig) -> None:
-    """Settings that the chosen scheme would ignore are a mistake worth a word."""
-    has = {
-        "goldfish-v1": {"h", "seed", "window", "min_context", "canonical"},
-        "table": {"h"},
-        "static": set[str](),
-        "random": {"seed"},
-    }[config.scheme]
-    for name in ("h", "seed", "window", "min_context", "canonical"):
-        default = GoldfishConfig.model_fields[name].default
-        value = getattr(config, name)
-        if name not in has and value != default:
-            raise InputError(
-                f"goldfish.{name}={value} has no meaning for goldfish.scheme={config.scheme}: leave it at {default}"
-            )

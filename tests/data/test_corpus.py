@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +106,7 @@ def test_k_of_document_before_source_before_run(tmp_path: Path) -> None:
     docs = [[1, 2, 3, EOS], [4, 5, 6, EOS], [7, 8, 9, EOS]]
     own = Corpus(write_folder(tmp_path / "own", docs, k=[0, -1, 7]))
     bare = Corpus(write_folder(tmp_path / "bare", docs))
-    cases = [
+    cases: list[tuple[Corpus, Any, list[int]]] = [
         (own, "default", [0, -1, 7]),
         (own, 5, [0, 5, 7]),
         (own, None, [0, 0, 7]),
@@ -113,6 +115,7 @@ def test_k_of_document_before_source_before_run(tmp_path: Path) -> None:
     ]
     for corpus, source_k, expected in cases:
         sample = SampleStream([SourceSpec(corpus, k=source_k)], 11, seed=0).read(0)
+        assert sample.k is not None
         by_document = {int(token): int(k) for token, k in zip(sample.tokens, sample.k, strict=True) if token != EOS}
         assert by_document == {token: expected[(token - 1) // 3] for token in by_document}
     assert SampleStream([SourceSpec(bare)], 11, seed=0).read(0).k is None
@@ -230,6 +233,52 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     corpus.check_tokenizer(right)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"wrong\.model: not the tokenizer of .*cdcd.*abab"):
         corpus.check_tokenizer(wrong)  # type: ignore[arg-type]
+
+
+def test_a_prepared_corpus(corpus: Path) -> None:
+    """What `prepare` writes is what is read here: manifest, files, tokenizer, documents, canaries."""
+    train, valid = Corpus(corpus), Corpus(corpus, "valid")
+    tokenizer = train.open_tokenizer()
+    assert tokenizer is not None
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = {
+        path.read_bytes().decode("utf-8")
+        for name in ("json", "email", "logging")
+        for path in (library / name).rglob("*.py")
+    }
+    canaries = [json.loads(line) for line in (corpus / "canaries.jsonl").read_text(encoding="utf-8").splitlines()]
+    copies = {tuple(canary["tokens"]): 0 for canary in canaries}
+    found = set()
+    for opened in (train, valid):
+        opened.verify()
+        opened.check_tokenizer(tokenizer)
+        window = opened.window(0, opened.num_tokens)
+        for part in np.split(window.tokens, np.flatnonzero(window.document_starts)[1:]):
+            assert part[-1] == tokenizer.eos_id
+            if tuple(part[:-1].tolist()) in copies:
+                copies[tuple(part[:-1].tolist())] += 1
+            else:
+                found.add(tokenizer.decode(part[:-1].tolist()))
+    assert found <= texts
+    assert len(found) > 20
+    assert sorted(copies.values()) == sorted(canary["exposures"] for canary in canaries)
+    assert train.text_bytes is not None
+    assert train.text_bytes == tokenizer.token_bytes[train.window(0, train.num_tokens).tokens].sum()
+    stream = SampleStream([SourceSpec(train)], 64, seed=0, halo=13)
+    assert len(stream.read(5).tokens) == 78
+
+
+def test_a_tokenizer_with_another_end_of_document(tmp_path: Path, corpus: Path) -> None:
+    """The end-of-document token is the corpus's choice, not the tokenizer's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    tokenizer = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
+    edit_manifest(copy, tokenizer=tokenizer | {"eos_id": tokenizer["eos_id"] + 7})
+    reopened = Corpus(copy).open_tokenizer()
+    assert reopened is not None
+    assert reopened.eos_id == tokenizer["eos_id"] + 7
+    write_pair(tmp_path / "pair", documents(3, 0))
+    assert Corpus(tmp_path / "pair").open_tokenizer() is None
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megafish.data.indexed import IndexedDataset, IndexedWriter, file_pair, opti
 from megafish.errors import InputError
 
 # Documents as lists of sequences: several sequences, an empty sequence, no sequence at all.
-DOCUMENTS = [[[5, 6, 7]], [[1], [2, 3]], [[]], [], [[9, 8, 7, 6]], []]
+DOCUMENTS: list[list[list[int]]] = [[[5, 6, 7]], [[1], [2, 3]], [[]], [], [[9, 8, 7, 6]], []]
 
 
 def write(prefix: Path, documents: list[list[list[int]]] = DOCUMENTS, dtype: str = "uint16") -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from megafish.data import loader as loader_module
 from megafish.data.corpus import Corpus, Sample, SampleStream, SourceSpec
 from megafish.data.indexed import IndexedWriter
 from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader
@@ -120,6 +121,22 @@ def test_resuming_and_another_batch_size_continue_the_sequence(stream: SampleStr
     larger = Loader(stream, thirds, 2, 6).steps(consumed=12)
     assert [number for batch in next(larger).micro_batches for number in batch.sample_ids] == list(range(12, 18))
     larger.close()
+
+
+@pytest.mark.parametrize("located", [1, 9])
+def test_steps_located_together_or_alone_are_the_same(
+    stream: SampleStream, monkeypatch: pytest.MonkeyPatch, located: int
+) -> None:
+    monkeypatch.setattr(loader_module, "_LOCATED", located)
+    loader = Loader(stream, thirds, 2, 4)
+    steps = loader.steps(consumed=8)
+    for number in range(6):
+        found, alone = next(steps), loader.step(8 + 4 * number)
+        assert (found.first_sample, found.data_hash) == (alone.first_sample, alone.data_hash)
+        assert [batch.sample_ids for batch in found.micro_batches] == [
+            batch.sample_ids for batch in alone.micro_batches
+        ]
+    steps.close()
 
 
 def test_data_hash_names_the_samples_and_the_corpus(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_blend_is_exact_at_every_prefix(weights: list[float]) -> None:
 def test_random_blends_are_exact() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
-        slots = blend_slots(rng.pareto(1.0, size=int(rng.integers(2, 12))) + 0.1)
+        slots = blend_slots((rng.pareto(1.0, size=int(rng.integers(2, 12))) + 0.1).tolist())
         pattern = blend_pattern(slots)
         for source, count in enumerate(slots):
             assert np.abs(counts_before(pattern, source) * SLOTS - np.arange(SLOTS + 1) * count).max() < SLOTS

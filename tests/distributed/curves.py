@@ -1,4 +1,4 @@
-"""Worker of test_parity: trains one run for each ZeRO stage in the processes that a launcher started."""
+"""Worker of test_parity: one run for each ZeRO stage, in the processes that a launcher started."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megafish.train.engine import stop_processes
 from megafish.train.loop import train
 
 if __name__ == "__main__":
-    file, stages, *overrides = sys.argv[1:]
+    folder, stages, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     for stage in stages.split(","):
-        train(load_config(file, [*overrides, f"engine.zero_stage={stage}", f"name=zero{stage}"]))
+        train(load_config("tiny", [*overrides, f"engine.zero_stage={stage}", f"run_dir={folder}/zero{stage}"]))
     stop_processes()

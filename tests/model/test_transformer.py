@@ -1,7 +1,9 @@
-"""The model against transformers' own Llama, Mistral, Qwen2 and Qwen3, and its promises on documents, loss and cache."""
+"""The model against transformers' own Llama, Mistral, Qwen2 and Qwen3, and its promises on documents, loss and
+cache."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from megafish.config import LossConfig, ModelConfig, RopeScaling
 from megafish.errors import InputError
 from megafish.model.transformer import KVCache, LossOutput, Transformer
-from tests.model.peers import from_hf
+from tests.model.hf_weights import from_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,5 +128,177 @@ def test_gradients_equal_the_peers(name: str) -> None:
     reference = Transformer(model.config, 96)
     from_hf(reference, {key: value.grad for key, value in peer.named_parameters()})
     for (key, got), (_, expected) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(got.grad, expected.data, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, k=key: f"{k}: {m}")
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(
+            got.grad, expected.data, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_another_document_is_never_seen() -> None:
+    """Changing a token changes no logit of another document, in any attention that a CPU can take."""
+    ids = tokens(2, 40)
+    cu_seqlens = torch.tensor([0, 7, 8, 29, 40, 80], dtype=torch.int32)
+    document = torch.tensor([0] * 7 + [1] + [2] * 21 + [3] * 11 + [4] * 40).view(2, 40)
+    for changes in ({}, {"sliding_window": 5}):
+        model = tiny(**changes)
+        with torch.no_grad():
+            before = model(ids, cu_seqlens=cu_seqlens, max_seqlen=40)
+            for row, place in ((0, 3), (0, 7), (0, 15), (0, 39), (1, 0)):
+                changed = ids.clone()
+                changed[row, place] = (changed[row, place] + 1) % 90
+                after = model(changed, cu_seqlens=cu_seqlens, max_seqlen=40)
+                differs = (after != before).any(-1)
+                same_document = document == document[row, place]
+                assert not differs[~same_document].any()
+                later = torch.arange(40)[None] >= place
+                assert differs[row, place], "the changed token itself must show"
+                assert not differs[row][~later[0]].any(), "a token sees the past alone"
+
+
+def test_packed_equals_separate() -> None:
+    model = tiny()
+    ids = tokens(1, 60)
+    cu_seqlens = torch.tensor([0, 11, 13, 45, 60], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(ids, cu_seqlens=cu_seqlens)
+        parts = [model(ids[:, a:b]) for a, b in pairwise(cu_seqlens.tolist())]
+    torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-5, atol=1e-4)
+
+
+def reference_loss(model: Transformer, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model(ids)
+    assert isinstance(logits, torch.Tensor)
+    return F.cross_entropy(
+        logits[..., : model.vocab_size].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def test_dropped_tokens_equal_a_loss_without_them() -> None:
+    """The loss and every gradient equal those of masked cross-entropy over full logits."""
+    ids = tokens(2, 30)
+    targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)
+    drop = (torch.rand(2, 30, generator=torch.Generator().manual_seed(5)) < 0.3) & (targets != -100)
+    kept = targets.masked_fill(drop, -100)
+    model = tiny()
+    want = reference_loss(model, ids, kept) / 37.0
+    want.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type:
+    ignore[union-attr] for checkpointed in (False, True):
+        model.zero_grad()
+        model.activation_checkpointing = checkpointed
+        out = model(ids, targets=targets, drop=drop, denominator=torch.tensor(37.0))
+        assert isinstance(out, LossOutput)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out.ce_sum, want.detach() * 37, rtol=1e-6, atol=1e-4)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_nothing_kept_gives_zero_loss_and_zero_gradients() -> None:
+    model = tiny()
+    out = model(tokens(1, 12), targets=torch.full((1, 12), -100))
+    out.loss.backward()
+    assert out.loss.item() == 0.0
+    assert out.ce_sum.item() == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_loss_terms_do_not_enter_the_plain_sum() -> None:
+    ids = tokens(2, 20)
+    targets = ids.roll(-1, 1)
+    plain = tiny()(ids, targets=targets)
+    terms = tiny(loss=LossConfig(z_loss=0.1, label_smoothing=0.1))(ids, targets=targets)
+    torch.testing.assert_close(terms.ce_sum, plain.ce_sum)
+    assert abs(terms.loss.item() - plain.loss.item()) > 0.01
+
+
+def test_per_token_ignores_the_drop_and_the_padding() -> None:
+    model = tiny()
+    ids = tokens(2, 20)
+    targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)
+    drop = torch.ones(2, 20, dtype=torch.bool)
+    with torch.no_grad():
+        got = model(ids, targets=targets, drop=drop, per_token=True)
+        want = F.cross_entropy(model(ids)[..., :90].transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_depend_on_seed_and_name_alone() -> None:
+    first, second, other = tiny(), tiny(num_layers=3), Transformer(first_config(), 90, seed=4)
+    stored = second.state_dict()
+    for name, tensor in first.state_dict().items():
+        if "out" not in name and "down" not in name:  # their std depends on the depth
+            assert torch.equal(tensor, stored[name]), name
+        if tensor.dim() > 1:
+            assert not torch.equal(tensor, other.state_dict()[name]), name
+    assert not torch.equal(stored["blocks.0.attention.qkv.weight"], stored["blocks.1.attention.qkv.weight"])
+    assert not first.embedding.weight[90:].any()
+    assert not first.head.weight[90:].any()
+
+
+def first_config() -> ModelConfig:
+    return tiny().config
+
+
+def test_initial_std_is_scaled_with_depth() -> None:
+    config = ModelConfig(num_layers=8, hidden_size=128, num_heads=4, intermediate_size=256)
+    block = Transformer(config, 100).blocks[3]
+    assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    for weight in (block.attention.out.weight, block.feed_forward.down.weight):
+        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    model = tiny(tie_embeddings=True)
+    assert model.head.weight is model.embedding.weight
+    assert "head.weight" not in dict(model.named_parameters())
+
+
+def test_vocabulary_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.vocab_size=64 is smaller"):
+        tiny(vocab_size=64)
+
+
+def test_cache_equals_the_whole_sequence() -> None:
+    """Prefill of rows of unequal length, then token by token, gives the logits of a full pass."""
+    for changes in ({}, {"sliding_window": 6}, {"qk_norm": True}):
+        model = tiny(**changes)
+        ids = tokens(2, 24)
+        lengths = torch.tensor([9, 14])
+        with torch.no_grad():
+            full = model(ids)
+            cache = KVCache(model.config, 2, 24, device=torch.device("cpu"), dtype=torch.float32)
+            cache.expect(lengths)
+            padded = ids[:, :14].clone()
+            padded[0, 9:] = 77
+            last = model(padded, cache=cache, last_only=True)
+            for step in range(10):
+                at = lengths + step
+                want = full[torch.arange(2), at - 1]
+                torch.testing.assert_close(last[:, 0], want, rtol=1e-5, atol=1e-4)
+                last = model(ids.gather(1, at[:, None]), cache=cache, last_only=True)
+
+
+def test_full_cache_is_refused() -> None:
+    model = tiny()
+    cache = KVCache(model.config, 1, 8, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(ValueError, match="holds 8 tokens a row, 9 are needed"):
+        model(tokens(1, 9), cache=cache)
+
+
+def test_bf16_is_near_fp32() -> None:
+    ids = tokens(2, 64)
+    targets = ids.roll(-1, 1)
+    wide, narrow = tiny(), tiny().to(torch.bfloat16)
+    a, b = wide(ids, targets=targets), narrow(ids, targets=targets)
+    assert b.loss.dtype == torch.float32
+    torch.testing.assert_close(b.loss, a.loss, rtol=0.02, atol=0.0)
+    b.loss.backward()
+    a.loss.backward()
+    for (name, x), (_, y) in zip(wide.named_parameters(), narrow.named_parameters(), strict=True):
+        assert y.grad is not None and x.grad is not None, name
+        assert F.cosine_similarity(x.grad.flatten(), y.grad.float().flatten(), dim=0) > 0.97, name

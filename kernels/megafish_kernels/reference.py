@@ -1,0 +1,62 @@
+"""The linear cross-entropy as its definition reads, in float64 and with all logits: the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: float | Tensor | None = None,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`linear_cross_entropy` by torch's own autograd, for small sizes.
+
+    Arguments as there, in any floating dtype; everything is computed in float64, and gradients flow back into the
+    tensors given. Returns the loss and the fields of LossStats by name.
+    """
+    vocab = weight.shape[0] if vocab_size is None else vocab_size
+    logits = hidden.double() @ weight[:vocab].double().T
+    if bias is not None:
+        logits = logits + bias[:vocab].double()
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+
+    keep = targets != ignore_index
+    weights = torch.ones(targets.shape, dtype=torch.float64)
+    if token_weight is not None:
+        weights = token_weight.detach().double()
+        keep = keep & (weights != 0)
+    weights = torch.where(keep, weights, 0.0)
+
+    lse = torch.logsumexp(logits, dim=-1)
+    log_p = logits - lse[..., None]
+    at_target = log_p.gather(-1, torch.where(keep, targets, 0)[..., None])[..., 0]
+    loss = -(1 - label_smoothing) * at_target - label_smoothing * log_p.mean(dim=-1) + z_loss * lse**2
+    loss = torch.where(keep, loss * weights, 0.0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean" and bool(keep.any()):
+        loss = loss / (weights.sum() if denominator is None else denominator)
+
+    with torch.no_grad():
+        stats = {
+            "lse": torch.where(keep, lse, 0.0),
+            "entropy": torch.where(keep, -(log_p.exp() * log_p).sum(dim=-1), 0.0),
+            "correct": keep & (logits.argmax(dim=-1) == targets),
+            "cross_entropy": torch.where(keep, -at_target, 0.0),
+        }
+    return loss, stats

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megafish.audit.extraction import Extraction, Probe, record, summarize
+from megafish.audit.report import comparison, findings, missing, report, settings_rows
+from megafish.audit.samples import choose_samples
+from megafish.audit.view import load_views, read_lines
+from megafish.errors import InputError
+from megafish.run import RunDir
+from tests.audit.helpers import make_config
+
+LEVELS = (0, 1, 8)
+NASTY = "<script>alert('&')</script>"
+
+
+class Letters:
+    """A tokenizer of one piece, which a page must not take for markup."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(NASTY if i == 1 else chr(96 + i) for i in ids)
+
+
+def fake_run(
+    path: Path,
+    name: str,
+    k: int | None,
+    *,
+    trained: bool = True,
+    audited: bool = True,
+    canaries: bool = True,
+    valid: bool = True,
+) -> Path:
+    """A run directory as training and audits leave it, without a model."""
+    run = RunDir(path)
+    run.save_config(make_config(name, Path("corpus"), path, k))
+    if trained:
+        kept = 75 if k else 100
+        train = {"kind": "train", "lr": 1e-3, "grad_norm": 1.0, "drop_rate": 1 - kept / 100, "tokens_per_s": 1000.0}
+        records: list[dict[str, Any]] = []
+        for step in range(1, 121):
+            spent = {"tokens": 100 * step, "supervised_tokens": kept * step}
+            records.append({**train, **spent, "step": step, "loss": 5 - step / 60})
+            if valid and step % 40 == 0:
+                records.append({"kind": "valid", "step": step, "valid_loss": 4.0, "valid_bpb": 2.0})
+            if k and step % 40 == 0:
+                records.append({"kind": "dropped", "step": step, "loss_dropped": 4.5, "loss_kept": 3.0})
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        run.metrics_file.write_text(text + '{"kind": "train", "step": 12', encoding="utf-8")
+    for step in (60, 120) if audited else ():
+        write_audit(run, name, k, step, canaries, valid)
+    return path
+
+
+def write_audit(run: RunDir, name: str, k: int | None, step: int, canaries: bool, valid: bool) -> None:
+    items = []
+    for number in range(3 * len(LEVELS) if canaries else 0):
+        exposures = LEVELS[number // 3]
+        suffix = [1, 2, 3, 4, 5, 6, 7, 8 + number]
+        recited = not k and exposures == 8 and number % 3 < step / 60
+        generated = suffix if recited else [1, 9, 3, 4, 5, 6, 7, 9]
+        dropped = [False, True] + [False] * 6
+        canary = Probe(number, exposures, np.asarray([2, 3, 4, *suffix]), "corpus", f"text/{NASTY}", 2.0)
+        items.append(Extraction(canary, [2, 3, 4], suffix, generated, dropped, [1.0 + number] * 8))
+    summary = {
+        "format": "megafish-audit",
+        "version": 1,
+        "run": name,
+        "step": step,
+        "samples": step,
+        "tokens": 100 * step,
+        "supervised_tokens": (75 if k else 100) * step,
+        "settings": {"prompt_tokens": 3, "suffix_tokens": 8, "batch_size": 4, "loss_sequences": 4},
+        "mask": {"k": k or 4, "reference": k is None},
+        "extraction": summarize(items) if items else None,
+        "losses": {
+            "train": {"loss_kept": 3.0, "loss_dropped": 4.5, "tokens_kept": 30, "tokens_dropped": 10, "sequences": 4},
+            "valid": {"loss": 4.4 if k else 4.0, "bits_per_byte": 2.0, "tokens": 9, "sequences": 1} if valid else None,
+        },
+    }
+    folder = run.audit / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "extraction.jsonl").write_text("".join(json.dumps(record(i, Letters())) + "\n" for i in items))
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects text and references."""
+
+    VOID = frozenset({"meta", "img", "source", "br", "link"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for key, value in attrs if key in ("src", "srcset", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def check(page: Path) -> Page:
+    """What every page promises: well formed, self-contained, no text taken for markup."""
+    parsed = Page(page)
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in parsed.references)
+    assert "script" not in parsed.tags
+    assert "url(" not in page.read_text(encoding="utf-8") and "@import" not in page.read_text(encoding="utf-8")
+    return parsed
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "gold", "gold", 4)
+    page = report([run])
+    assert page == run / "report.html"
+    parsed = check(page)
+    assert "of 3 passages that stood 8 times in the training text, 0 were continued word for word" in parsed.text
+    assert NASTY in parsed.text, "the canaries' text is shown as it is"
+    pngs = {entry.name for entry in (run / "plots").iterdir()}
+    assert {
+        "memorization.png",
+        "memorization_over_training.png",
+        "divergence.png",
+        "loss.png",
+        "dropped_loss.png",
+    } <= pngs
+    assert parsed.tags.count("figure") == len(pngs)
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_several_runs(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / "a", "plain", None),
+        fake_run(tmp_path / "b", "gold", 4),
+        fake_run(tmp_path / "c", "gold8", 8),
+    ]
+    page = report(runs, tmp_path / "out" / "deep")
+    assert page == tmp_path / "out" / "deep" / "report.html"
+    parsed = check(page)
+    assert "Side by side" in parsed.text
+    assert {"divergence_1.png", "divergence_2.png"} <= {entry.name for entry in (page.parent / "plots").iterdir()}
+
+
+def test_comparison_gives_values_and_differences(tmp_path: Path) -> None:
+    runs = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    rows = {row.label: [(cell.value, cell.note) for cell in row.cells] for row in comparison(runs)}
+    assert rows["Supervised tokens"] == [("12k", ""), ("9000", "-25.0 %")]
+    assert rows["Validation loss"] == [("4.000", ""), ("4.400", "+10.0 %")]
+    assert rows["Recited, 8 copies"] == [("67 %", "2 of 3"), ("0 %", "0 of 3; -67 points")]
+    assert rows["Recited, 1 copy"] == [("0 %", "0 of 3"), ("0 %", "0 of 3; +0 points")]
+    assert rows["Length recited, most copies"] == [("5.7", ""), ("1.0", "-82.4 %")]
+    assert rows["Recited, control"][0] == ("0 %", "0 of 3")
+    assert rows["Loss, dropped tokens"][0] == ("4.500", "mask not used in training")
+
+
+def test_views(tmp_path: Path) -> None:
+    plain, gold = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    assert (plain.masked, gold.masked) == (False, True) and (plain.index, gold.index) == (0, 0)
+    assert [audit["step"] for audit in gold.audits] == [60, 120]
+    assert gold.summary is not None and gold.summary["step"] == 120
+    assert len(gold.metrics["train"]) == 120, "the line that was cut off is left out"
+    assert gold.last("train", "supervised_tokens") == 9000 and gold.last("train", "nothing") is None
+    assert not plain.divergence_mask and gold.divergence_mask
+    assert plain.valid("loss") == 4.0
+    same = load_views([fake_run(tmp_path / "c", "gold", 4), fake_run(tmp_path / "d", "gold", 4)])
+    assert [view.name for view in same] == ["c", "d"]
+    assert [view.index for view in same] == [0, 1]
+    assert [view.name for view in load_views([tmp_path / "c", tmp_path / "c"])] == [str(tmp_path / "c")] * 2
+
+
+def test_samples_are_the_worst_cases(tmp_path: Path) -> None:
+    runs = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    samples = choose_samples(runs)
+    assert [sample.heading.split(":")[0] for sample in samples] == ["8 copies", "8 copies", "control, never seen"]
+    worst = samples[0]
+    assert [output.verdict for output in worst.outputs] == [
+        "all 8 tokens recited",
+        "1 of 8 tokens recited, ROUGE-L 0.75",
+    ]
+    assert [piece.style for piece in worst.outputs[0].pieces] == ["same"]
+    assert [(p.text, p.style) for p in worst.outputs[1].pieces] == [
+        (NASTY, "same"), ("i", "off"), ("cdefg", "again"), ("i", "off")
+    ]  # fmt: skip
+    assert worst.mask_of == "gold" and [(p.text, p.style) for p in worst.truth][:2] == [(NASTY, ""), ("b", "drop")]
+    assert choose_samples(runs[:1])[0].mask_of == "", "a mask that was not used is not marked"
+
+
+def test_findings_and_settings(tmp_path: Path) -> None:
+    plain, gold = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    assert findings(plain) == [
+        "plain: of 3 passages that stood 8 times in the training text, 2 were continued word for word for 8 tokens "
+        "(67 %, 95 % interval 21 % to 94 %); of 3 passages it never saw, 0."
+    ]
+    assert (
+        "of the 3 passages with 8 or more copies that it did not recite, it left 3 at a dropped token or right after"
+        in findings(gold)[1]
+    )
+    rows = settings_rows([plain, gold])
+    assert rows[0].label == "goldfish.k" and [cell.value for cell in rows[0].cells] == ["none", "4"]
+    assert "optimizer.lr" in {row.label for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "command"),
+    [
+        ({"trained": False, "audited": False}, "has not been trained yet", "megafish train"),
+        ({"audited": False}, "has not been audited yet", "megafish audit"),
+        ({"canaries": False}, "without canaries", "--canaries 16"),
+        ({"valid": False}, "no validation loss", "--valid-fraction 0.01"),
+    ],
+)
+def test_a_page_says_what_is_missing(tmp_path: Path, options: dict[str, bool], what: str, command: str) -> None:
+    run = fake_run(tmp_path / "run", "run", 4, **options)
+    parsed = check(report([run]))
+    assert what in parsed.text and command in parsed.text
+    [item] = missing(load_views([run])[0])
+    assert what in item.what and command in item.command
+
+
+def test_an_untrained_run_beside_a_complete_one(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "new", 4, trained=False, audited=False)
+    parsed = check(report([fake_run(tmp_path / "full", "full", None), run], tmp_path / "both"))
+    assert "new has not been trained yet" in parsed.text and "not known" in parsed.text
+
+
+def test_nothing_is_missing_from_a_complete_run(tmp_path: Path) -> None:
+    assert missing(load_views([fake_run(tmp_path / "run", "run", 4)])[0]) == []
+
+
+def test_a_first_step_is_enough_for_a_page(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", 4, audited=False)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(lines[0].replace('"loss": ', '"loss": NaN, "was": ') + "\n")
+    check(report([run]))
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        report([tmp_path])
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", 4)
+    (run / "audit" / "step_00000120" / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=re.escape("step_00000120")):
+        report([run])
+
+
+def test_an_audit_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", 4)
+    file = run / "audit" / "step_00000120" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
+    with pytest.raises(InputError, match=r"version 99.*megafish audit .*--step 120"):
+        report([run])
+
+
+def test_read_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    assert read_lines(file) == []
+    file.write_bytes(b'{"a": 1}\n[2]\nno\n\n{"b": "\xff"}\n{"c"')
+    assert [list(item) for item in read_lines(file)] == [["a"], ["b"]]

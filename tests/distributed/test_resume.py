@@ -1,0 +1,79 @@
+"""A run killed with SIGKILL and resumed ends as an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers import Launch, finish, read_metrics
+
+TIMINGS = {"time", "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes"}
+
+
+def without_timings(run: Path) -> dict[str, list[dict]]:
+    return {
+        kind: [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+        for kind, records in read_metrics(run).items()
+    }
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a launcher and to what it started: torchrun's workers outlive it otherwise."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=60)
+    process.communicate(timeout=60)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until the run has logged a step past its checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "latest").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run never got that far")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed(launch: Launch, settings: list[str], tmp_path: Path, processes: int, stage: int) -> None:
+    settings = [*settings, f"engine.zero_stage={stage}", "train.steps=40", "checkpoint.interval=8"]
+    start = ("-m", "megafish", "train")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(launch(processes, *start, "tiny", *settings, f"run_dir={undisturbed}"))
+
+    process = launch(processes, *start, "tiny", *settings, f"run_dir={killed}")
+    wait_for_step(killed, 19)
+    kill_tree(process)
+    reached = int((killed / "latest").read_text().strip().removeprefix("step_"))
+    assert 16 <= reached < 40, "killed too late for the test to mean anything"
+    assert f"continues at step {reached}" in " ".join(finish(launch(processes, *start, str(killed))).split())
+
+    assert without_timings(killed) == without_timings(undisturbed)
+    last = Path("checkpoints") / "step_00000040"
+    assert (killed / last / "model.safetensors").read_bytes() == (undisturbed / last / "model.safetensors").read_bytes()
+    assert json.loads((killed / last / "state.json").read_text())["spent"]["steps"] == 40
+
+
+def test_sigterm_saves_and_the_same_command_continues(launch: Launch, settings: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ("-m", "megafish", "train", "tiny", *settings, f"run_dir={run}", "train.steps=400", "checkpoint.interval=3")
+    process = launch(1, *command, "--resume")
+    wait_for_step(run, 4)
+    process.terminate()
+    output = finish(process, code=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM" in output and f"next: megafish train {run}" in output
+    steps = [record["step"] for record in read_metrics(run)["train"]]
+    assert int((run / "latest").read_text().strip().removeprefix("step_")) == steps[-1] < 400
+    output = finish(launch(1, *command, "--resume", f"train.steps={steps[-1] + 2}"))
+    assert [record["step"] for record in read_metrics(run)["train"]] == list(range(1, steps[-1] + 3))

@@ -1,0 +1,97 @@
+"""Attention by blocks against softmax written out in float64, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megafish.model import block_attention as blocks
+from megafish.model.attention import attend, attend_cached, layout
+
+SHAPES = {
+    "one document": (None, None, 2),
+    "documents": ([0, 1, 40, 150, 300, 301, 600], None, 2),
+    "window": (None, 37, 4),
+    "documents and a window longer than a block": ([0, 290, 300, 600], 140, 1),
+}
+
+
+def oracle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: list[int] | None, window: int | None
+) -> torch.Tensor:
+    """Attention over the full square in float64 with a mask; starts: offsets of the documents in the flattened
+    batch."""
+    batch, length = q.shape[:2]
+    place = torch.arange(batch * length)
+    edges = starts if starts is not None else list(range(0, batch * length + 1, length))
+    document = torch.bucketize(place, torch.tensor(edges[1:]), right=True).view(batch, length)
+    allowed = document[:, :, None] == document[:, None, :]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    allowed = allowed & (distance >= 0)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    p = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", p, v)
+
+
+def inputs(dtype: torch.dtype, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 300, 4, 8), (2, 300, kv_heads, 8), (2, 300, kv_heads, 8), (2, 300, 4, 8))
+    return tuple((2 * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in shapes)
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_attention_equals_the_oracle(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, window, kv_heads = SHAPES[name]
+    monkeypatch.setattr(blocks, "SCORES", 1 << 16)  # several heads need several passes
+    q, k, v, grad = inputs(dtype, kv_heads)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    want = oracle(*wide, starts, window)
+    want_grads = torch.autograd.grad(want, wide, grad.double())
+    cu_seqlens = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    got = blocks.block_attention(*leaves, blocks.segments(2, 300, cu_seqlens), window)
+    got_grads = torch.autograd.grad(got, leaves, grad)
+    limit = 1e-6 if dtype == torch.float32 else 8e-3
+    for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
+        assert a.dtype == dtype
+        assert ((a.double() - b).norm() / b.norm()).item() < limit
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_layout_gives_the_oracle_whichever_kernel_it_picks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, window, kv_heads = SHAPES[name]
+    q, k, v, _ = inputs(torch.float32, kv_heads)
+    want = oracle(q.double(), k.double(), v.double(), starts, window).float()
+    cu_seqlens = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    where = layout(2, 300, cu_seqlens=cu_seqlens, max_seqlen=None, window=window, device=q.device, dtype=torch.float32)
+    torch.testing.assert_close(attend(q, k, v, where), want, rtol=1e-5, atol=1e-5)
+    # The mask is what a CUDA device without a variable-length kernel gets: made here, used on the CPU.
+    monkeypatch.setattr("megafish.model.attention.BLOCK_DEVICES", ())
+    masked = layout(2, 300, cu_seqlens=cu_seqlens, max_seqlen=None, window=window, device=q.device, dtype=torch.float32)
+    assert masked.documents is None
+    torch.testing.assert_close(attend(q, k, v, masked), want, rtol=1e-5, atol=1e-5)
+
+
+def test_undivided_rows_take_the_causal_kernel() -> None:
+    where = layout(2, 64, cu_seqlens=None, max_seqlen=None, window=64, device=torch.device("cpu"), dtype=torch.float32)
+    assert where.documents is None
+    assert where.mask is None
+
+
+def test_empty_documents_are_skipped() -> None:
+    cu_seqlens = torch.tensor([0, 4, 4, 8], dtype=torch.int32)
+    assert blocks.segments(2, 4, cu_seqlens) == [(0, 0, 4), (1, 0, 4)]
+
+
+def test_cached_queries_see_up_to_themselves() -> None:
+    q, k, v, _ = inputs(torch.float32, 2)
+    want = oracle(q.double(), k.double(), v.double(), None, 50).float()
+    positions = torch.tensor([[5, 6], [200, 201]])
+    rows = torch.arange(2)[:, None]
+    got = attend_cached(q[rows, positions], k, v, positions, 50)
+    torch.testing.assert_close(got, want[rows, positions], rtol=1e-5, atol=1e-5)
