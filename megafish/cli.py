@@ -7,7 +7,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,13 +24,14 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(help="Settings on top of the file, e.g. optimizer.lr=3e-4 goldfish.k=null")
+    list[str] | None, typer.Argument(help="Settings on top of the file, e.g. optimizer.lr=3e-4 goldfish.k=null")
 ]
 TextKey = Annotated[str, typer.Option(help="Field that holds the text in .jsonl and .parquet")]
 TextSuffix = Annotated[
-    Optional[list[str]], typer.Option(help="Read files with this suffix as text too, e.g. .py (may be given several times)")
+    list[str] | None,
+    typer.Option(help="Read files with this suffix as text too, e.g. .py (may be given several times)"),
 ]
-Step = Annotated[Optional[int], typer.Option(help="Checkpoint step (default: the latest)", min=0)]
+Step = Annotated[int | None, typer.Option(help="Checkpoint step (default: the latest)", min=0)]
 
 
 class TokenizerKind(str, Enum):
@@ -79,14 +80,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command(epilog="Example: megafish tokenizer corpus/ --output tokenizer.model --vocab-size 32000")
 def tokenizer(
-    inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")
+    ],
     output: Annotated[Path, typer.Option(help="File to write, e.g. tokenizer.model")],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids", min=300)] = 32000,
     kind: Annotated[TokenizerKind, typer.Option(help="Model of the pieces")] = TokenizerKind.bpe,
@@ -116,25 +121,31 @@ def tokenizer(
     epilog="Example: megafish prepare wiki.jsonl.zst --tokenizer tokenizer.model --output corpus --canaries 16"
 )
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Text files or folders: .txt .jsonl .jsonl.gz .jsonl.zst .parquet")
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.model (sentencepiece) or tokenizer.json")],
     text_key: TextKey = "text",
     text_suffix: TextSuffix = None,
     goldfish_k_key: Annotated[
-        Optional[str], typer.Option(help="Field that holds a document's own goldfish k (0: never drop)")
+        str | None, typer.Option(help="Field that holds a document's own goldfish k (0: never drop)")
     ] = None,
     documents: Annotated[DocumentUnit, typer.Option(help="What a document is in a text file")] = DocumentUnit.file,
-    valid_fraction: Annotated[float, typer.Option(help="Share of the documents kept for validation", min=0, max=0.5)] = 0.01,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of the documents kept for validation", min=0, max=0.5)
+    ] = 0.01,
     split_seed: Annotated[int, typer.Option(help="Seed of the split by document hash")] = 0,
     canaries: Annotated[int, typer.Option(help="Canaries per exposure level (0: none)", min=0)] = 0,
-    canary_exposures: Annotated[str, typer.Option(help="Times a canary stands in the corpus; 0 is the control group")] = "0,1,2,4,8,16,32,64,128",
+    canary_exposures: Annotated[
+        str, typer.Option(help="Times a canary stands in the corpus; 0 is the control group")
+    ] = "0,1,2,4,8,16,32,64,128",
     canary_tokens: Annotated[int, typer.Option(help="Tokens of a canary", min=2)] = 128,
     canary_file: Annotated[
-        Optional[Path], typer.Option(help="Take them from this text file (parted by blank lines), not from the corpus")
+        Path | None, typer.Option(help="Take them from this text file (parted by blank lines), not from the corpus")
     ] = None,
     canary_seed: Annotated[int, typer.Option(help="Seed of their choice and places")] = 0,
-    workers: Annotated[Optional[int], typer.Option(help="Processes (default: one a core)", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one a core)", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder")] = False,
 ) -> None:
     """Turn text into Megatron .bin/.idx files with a manifest. Interrupted, it continues where it was."""
@@ -178,7 +189,9 @@ def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--canary-exposures {text!r}: expected whole numbers separated by commas, e.g. 0,1,8,64") from None
+        raise InputError(
+            f"--canary-exposures {text!r}: expected whole numbers separated by commas, e.g. 0,1,8,64"
+        ) from None
 
 
 @app.command(
@@ -191,7 +204,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run directory if it holds this run already, else start it")
     ] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration and stop")
+    ] = False,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
     from megafish.config import dump_config, load_config
@@ -230,13 +245,17 @@ def train(
 @app.command(epilog="Example: megafish generate runs/tiny --prompt 'def main(' --max-new-tokens 100")
 def generate(
     run: Annotated[Path, typer.Argument(help="Run directory")],
-    prompt: Annotated[Optional[list[str]], typer.Option(help="Text to continue (may be given several times)")] = None,
-    prompt_file: Annotated[Optional[Path], typer.Option(help="File with one prompt a line")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue (may be given several times)")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with one prompt a line")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0: greedy", min=0)] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample among the k likeliest tokens", min=1)] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Sample among the likeliest tokens of this total probability", min=0, max=1)] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends a continuation (may be given several times)")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens", min=1)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this total probability", min=0, max=1)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a continuation (may be given several times)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts continued at one time", min=1)] = 32,
     step: Step = None,
@@ -286,7 +305,7 @@ def audit(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories")],
     output: Annotated[
-        Optional[Path], typer.Option(help="Folder for report.html and its PNGs (default: the run, or ./report)")
+        Path | None, typer.Option(help="Folder for report.html and its PNGs (default: the run, or ./report)")
     ] = None,
 ) -> None:
     """Write a page with plots for one run, or for several side by side."""

@@ -30,7 +30,7 @@ from megafish.errors import InputError
 from megafish.run import RunDir, read_json
 from megafish.train.loop import train
 
-TEXT_BYTES = 2_600_000
+TEXT_BYTES = 2_200_000
 """Text taken from the standard library, canaries included."""
 FILE_BYTES = range(1_500, 24_000)
 """Sizes of the modules taken: many of a middling length make a better validation split than a few long ones."""
@@ -41,7 +41,17 @@ PROMPT_TOKENS, SUFFIX_TOKENS = 48, 48
 GOLDFISH_K = 4
 
 # Packages whose text is data or generated, or that a distribution may leave out.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,9 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> dict[st
 
     compared = {}
     for number, (name, k) in enumerate({"plain": None, "goldfish": GOLDFISH_K}.items(), start=2):
-        console.rule(f"[bold]{number}/4  train {'plainly' if k is None else f'with the goldfish loss, k={k}'}, then audit")
+        console.rule(
+            f"[bold]{number}/4  train {'plainly' if k is None else f'with the goldfish loss, k={k}'}, then audit"
+        )
         compared[name] = _train_and_audit(output / name, corpus, k, seed, console)
 
     console.rule("[bold]4/4  what they recite")
@@ -126,6 +138,14 @@ def _train_and_audit(folder: Path, corpus: Path, k: int | None, seed: int, conso
             # As many supervised tokens as one pass of plain training has; goldfish reads k/(k-1) times as many.
             f"train.supervised_tokens={tokens}",
             "eval.sequences=512",
+            # Small steps at a high rate that falls to zero: what a short run needs to learn a text by heart.
+            "train.global_batch_size=4",
+            "train.micro_batch_size=4",
+            "optimizer.lr=3e-3",
+            "schedule.min_lr_ratio=0",
+            "schedule.warmup_fraction=0.05",
+            "eval.interval=null",
+            "checkpoint.interval=200",
             f"audit.prompt_tokens={PROMPT_TOKENS}",
             f"audit.suffix_tokens={SUFFIX_TOKENS}",
         ],

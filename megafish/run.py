@@ -1,6 +1,6 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
-    config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   logs/
+config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   logs/
 """
 
 from __future__ import annotations

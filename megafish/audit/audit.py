@@ -198,7 +198,7 @@ class _Auditor:
             return None
         for source in sources:
             source.corpus.check_tokenizer(self.tokenizer)
-        stream = SampleStream(sources, self.config.data.sequence_length, self.config.data.seed)
+        stream = SampleStream(sources, self.config.data.sequence_length, seed=0)
         loader = EvalLoader(stream, self.config.eval.sequences, self.config.train.micro_batch_size)
         result = held_out(self.model, self._shown(loader, len(loader), "validation loss"), self.tokenizer.token_bytes)
         return None if result is None else {**result, "sequences": loader.sequences}

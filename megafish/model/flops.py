@@ -48,8 +48,8 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int, kept_fraction: float = 1.0) -> float:
     """Operations of a training step for each input token: forward and backward (twice the forward), no recomputation.
 
-    6 for every weight in a matrix product (the embedding is looked up, the head counts for the kept tokens alone), plus for
-    each layer 12 * num_heads * head_dim * (keys a token sees on average), which is 6 * num_heads * head_dim * (S + 1)
+    6 for every weight in a matrix product (the embedding is looked up, the head counts for kept tokens alone), plus
+    for each layer 12 * num_heads * head_dim * (keys a token sees on average), which is 6 * num_heads * head_dim * (S + 1)
     for causal attention over S tokens. PaLM's formula (arXiv 2204.02311, appendix B) counts the full square, twice
     that. Rows of several documents take less.
     """

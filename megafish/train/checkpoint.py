@@ -1,10 +1,10 @@
 """Checkpoints: written beside, checked, renamed; then `latest` moves.
 
-    checkpoints/step_00001000/
-        model.safetensors   all weights, in the training precision
-        deepspeed/          what the engine needs to continue (sharded optimizer state, master weights)
-        state.json          counters, and everything that must be the same for a resume to be the same run
-        manifest.json       size and sha256 of every file above
+checkpoints/step_00001000/
+    model.safetensors   all weights, in the training precision
+    deepspeed/          what the engine needs to continue (sharded optimizer state, master weights)
+    state.json          counters, and everything that must be the same for a resume to be the same run
+    manifest.json       size and sha256 of every file above
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: in
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its archive writer.
         if shutil.disk_usage(temporary).free < 1 << 24 or "No space left" in str(error):
-            raise InputError(f"{run.checkpoints}: no space left on the device: free some, then resume {run.path}") from None
+            raise InputError(
+                f"{run.checkpoints}: no space left on the device: free some, then resume {run.path}"
+            ) from None
         raise
     dist.barrier()
     if main:
@@ -85,7 +87,9 @@ def verify_checkpoint(folder: Path) -> None:
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path}: missing; the checkpoint is damaged: name an older one in {folder.parent.parent / 'latest'}")
+            raise InputError(
+                f"{path}: missing; the checkpoint is damaged: name an older one in {folder.parent.parent / 'latest'}"
+            )
         if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
             raise InputError(
                 f"{path}: content differs from the manifest; the checkpoint is damaged: name an older one in "
@@ -98,7 +102,9 @@ def _write_manifest(folder: Path) -> None:
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
     }
-    write_atomic(folder / "manifest.json", json.dumps({"format": "megafish-checkpoint", "version": 1, "files": entries}))
+    write_atomic(
+        folder / "manifest.json", json.dumps({"format": "megafish-checkpoint", "version": 1, "files": entries})
+    )
 
 
 def _require_space(folder: Path, engine: Engine) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,10 +55,10 @@ class TrainingData:
         return {"mask": self.mask.describe(), "data": self.stream.describe()}
 
     def epoch(self, consumed: int) -> float:
-        """Passes over the data once `consumed` samples are read; over the most repeated source where there are several."""
+        """Passes over the data once `consumed` samples are read (of several sources, over the most repeated)."""
         return max(self.stream.epochs(consumed))
 
-    def steps(self, consumed: int) -> Iterator[StepBatch]:
+    def steps(self, consumed: int) -> Generator[StepBatch, None, None]:
         """This process's batches from sample `consumed` on."""
         return self.loader.steps(consumed)
 
@@ -80,12 +80,11 @@ class TrainingData:
     def to_model(self, batch: Batch) -> dict[str, Any]:
         """A micro-batch as keyword arguments of the model's forward, on this process's device."""
         device = self.processes.device
-        move = {"device": device, "non_blocking": True}
         return {
-            "tokens": batch.tokens.to(**move),
-            "targets": batch.targets.to(**move),
-            "drop": batch.drop.to(**move),
-            "cu_seqlens": batch.cu_seqlens.to(**move),
+            "tokens": batch.tokens.to(device, non_blocking=True),
+            "targets": batch.targets.to(device, non_blocking=True),
+            "drop": batch.drop.to(device, non_blocking=True),
+            "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
             "max_seqlen": batch.max_seqlen,
         }
 
@@ -124,7 +123,7 @@ def _open_tokenizer(config: Config, train: list[SourceSpec]) -> Tokenizer:
         return load_tokenizer(config.data.tokenizer)
     for source in train:
         if source.corpus.tokenizer_path is not None:
-            return load_tokenizer(source.corpus.tokenizer_path)
+            return source.corpus.open_tokenizer()
     raise InputError(
         "data.tokenizer is not set and no training corpus comes with a tokenizer (bare .bin/.idx pairs have none): "
         "set data.tokenizer=tokenizer.model"

@@ -23,6 +23,7 @@ from torch import nn
 
 from megafish.config import Config
 from megafish.errors import InputError
+from megafish.model.transformer import Transformer
 from megafish.train.optim import build_optimizer
 
 # Under the launchers that Slurm users know, srun starts the processes and names them in its own variables.
@@ -52,7 +53,9 @@ def start_processes(device: str) -> Processes:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device=cuda, but torch sees no GPU: use train.device=cpu, or install a CUDA build of torch")
+        raise InputError(
+            "train.device=cuda, but torch sees no GPU: use train.device=cpu, or install a CUDA build of torch"
+        )
     _fill_environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -69,7 +72,9 @@ def start_processes(device: str) -> Processes:
             verbose=False,
             timeout=timedelta(minutes=minutes),
         )
-    return Processes(rank, local_rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
+    return Processes(
+        rank, local_rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    )
 
 
 def stop_processes() -> None:
@@ -114,7 +119,7 @@ def _deepspeed() -> Any:
 class Engine:
     """A model in DeepSpeed's hands: `backward` for each micro-batch of a step, then `step`."""
 
-    def __init__(self, config: Config, model: nn.Module, processes: Processes):
+    def __init__(self, config: Config, model: Transformer, processes: Processes):
         self.processes = processes
         self.grad_clip = config.optimizer.grad_clip
         if config.train.precision == "bf16":

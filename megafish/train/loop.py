@@ -50,7 +50,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             stack.enter_context(run.lock())
         if not resume and (run.latest_file.exists() or run.metrics_file.exists()):
             raise InputError(
-                f"{run.path} holds a run already: continue it with `megafish train {run.path}`, or choose another name=..."
+                f"{run.path} holds a run already: continue it with `megafish train {run.path}`, or choose another "
+                "name=..."
             )
         dist.barrier()
 
@@ -112,7 +113,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             if not math.isfinite(nats + grad_norm):
                 raise Diverged(
                     f"{run.path}: step {spent.steps}: loss {nats / max(kept, 1)}, gradient norm {grad_norm}: training "
-                    "diverged; lower optimizer.lr or raise schedule.warmup_fraction, and resume from the last checkpoint"
+                    "diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again"
                 )
             seconds = time.perf_counter() - started
 
@@ -206,5 +207,7 @@ def _opening_line(
 
 def _evaluation_line(result: dict[str, Any], step: int) -> str:
     if result["kind"] == "valid":
-        return f"step {step}: validation loss {result['valid_loss']:.4f} nats/token, {result['valid_bpb']:.4f} bits/byte"
+        return (
+            f"step {step}: validation loss {result['valid_loss']:.4f} nats/token, {result['valid_bpb']:.4f} bits/byte"
+        )
     return f"step {step}: loss on dropped tokens {result['loss_dropped']:.4f}, on kept tokens {result['loss_kept']:.4f}"

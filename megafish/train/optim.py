@@ -16,7 +16,8 @@ def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict]:
     occurrences). A tied embedding counts once.
     """
     embeddings = {id(model.embedding.weight), id(model.head.weight)}
-    decayed, kept = [], []
+    decayed: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for parameter in model.parameters():
         decay = parameter.ndim >= 2 and (config.decay_embeddings or id(parameter) not in embeddings)
         (decayed if decay else kept).append(parameter)

@@ -67,7 +67,9 @@ def warmup_fraction(config: Config, budget: Budget) -> float:
     per_step = 1 if budget.unit == "steps" else config.train.global_batch_size * config.data.sequence_length
     fraction = steps * per_step / budget.total
     if fraction > 1:
-        raise InputError(f"schedule.warmup_steps={steps} is more than the whole budget (train.{budget.unit}={budget.total})")
+        raise InputError(
+            f"schedule.warmup_steps={steps} is more than the whole budget (train.{budget.unit}={budget.total})"
+        )
     return fraction
 
 

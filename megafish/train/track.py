@@ -58,7 +58,7 @@ class Tracker:
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if error is None else 1, quiet=True)
+            self.wandb.finish(exit_code=0 if error is None else 1)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record: {"kind": ..., "step": ..., then numbers}."""
@@ -106,7 +106,9 @@ def _start_wandb(run: RunDir, config: Config) -> Any:
     try:
         import wandb
     except ImportError:
-        raise InputError("track.wandb.enabled is set, but wandb is not installed: pip install 'megafish[wandb]'") from None
+        raise InputError(
+            "track.wandb.enabled is set, but wandb is not installed: pip install 'megafish[wandb]'"
+        ) from None
     settings = config.track.wandb
     id_file = run.path / "wandb_id"
     if not id_file.is_file():

@@ -13,6 +13,7 @@ from tests.helpers import Launch
 
 SHAPE = "{num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, intermediate_size: 128}"
 
+
 @pytest.fixture
 def settings(corpus: Path) -> list[str]:
     """Overrides of the tiny preset for a run of a second or two."""

@@ -67,7 +67,16 @@ def test_killed_and_resumed(launch: Launch, settings: list[str], tmp_path: Path,
 
 def test_sigterm_saves_and_the_same_command_continues(launch: Launch, settings: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = ("-m", "megafish", "train", "tiny", *settings, f"run_dir={run}", "train.steps=400", "checkpoint.interval=3")
+    command = (
+        "-m",
+        "megafish",
+        "train",
+        "tiny",
+        *settings,
+        f"run_dir={run}",
+        "train.steps=400",
+        "checkpoint.interval=3",
+    )
     process = launch(1, *command, "--resume")
     wait_for_step(run, 4)
     process.terminate()

@@ -15,7 +15,9 @@ SHAPE = ["model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size
 
 @pytest.mark.parametrize(("decay_embeddings", "tied"), [(False, False), (True, False), (False, True)])
 def test_decay_spares_norms_biases_and_embeddings(decay_embeddings: bool, tied: bool) -> None:
-    config = load_config("tiny", [*SHAPE, f"optimizer.decay_embeddings={decay_embeddings}", f"model.tie_embeddings={tied}"])
+    config = load_config(
+        "tiny", [*SHAPE, f"optimizer.decay_embeddings={decay_embeddings}", f"model.tie_embeddings={tied}"]
+    )
     model = Transformer(config.model, 100)
     decay = {}
     for group in build_optimizer(model, config.optimizer).param_groups:
@@ -39,13 +41,16 @@ def test_decay_is_decoupled() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     weight = model.blocks[0].feed_forward.down.weight
-    torch.testing.assert_close(weight.detach(), before["blocks.0.feed_forward.down.weight"] * (1 - config.optimizer.lr * 0.5))
+    torch.testing.assert_close(
+        weight.detach(), before["blocks.0.feed_forward.down.weight"] * (1 - config.optimizer.lr * 0.5)
+    )
     torch.testing.assert_close(model.norm.weight.detach(), before["norm.weight"])
 
 
 def test_batch_sizes_and_clipping_are_always_said() -> None:
     config = load_config(
-        "tiny", ["train.global_batch_size=32", "train.micro_batch_size=4", "train.precision=bf16", "engine.zero_stage=2"]
+        "tiny",
+        ["train.global_batch_size=32", "train.micro_batch_size=4", "train.precision=bf16", "engine.zero_stage=2"],
     )
     made = deepspeed_config(config, world_size=2)
     assert made["gradient_accumulation_steps"] == 4
@@ -56,7 +61,10 @@ def test_batch_sizes_and_clipping_are_always_said() -> None:
 
 
 def test_deepspeed_keys_are_merged_section_by_section() -> None:
-    config = load_config("tiny", ["engine={zero_stage: 2, deepspeed: {zero_optimization: {overlap_comm: true}, comms_logger: {enabled: true}}}"])
+    config = load_config(
+        "tiny",
+        ["engine={zero_stage: 2, deepspeed: {zero_optimization: {overlap_comm: true}, comms_logger: {enabled: true}}}"],
+    )
     made = deepspeed_config(config, 1)
     assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert made["comms_logger"] == {"enabled": True}

@@ -64,7 +64,12 @@ def test_budget_counts_its_unit(unit: str, total: int) -> None:
 
 
 def test_warmup_steps_become_a_share_of_the_budget() -> None:
-    settings = ["schedule.warmup_steps=5", "train.global_batch_size=8", "train.micro_batch_size=8", "data.sequence_length=64"]
+    settings = [
+        "schedule.warmup_steps=5",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+        "data.sequence_length=64",
+    ]
     config = load_config("tiny", [*settings, "train.steps=50"])
     assert warmup_fraction(config, Budget.from_config(config)) == pytest.approx(0.1)
     config = load_config("tiny", [*settings, f"train.tokens={50 * 8 * 64}"])

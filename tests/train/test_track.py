@@ -46,7 +46,19 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     text = track(RunDir(tmp_path / "run"), range(1, 11))
     lines = text.splitlines()
     assert len(lines) == 2, "the first step, then nothing for ten seconds, then the end"
-    assert lines[0].split() == "10% step 1 loss 10.000 drop 25.0% lr 1.00e-03 1,234 tokens/s".split()
+    assert lines[0].split() == [
+        "10%",
+        "step",
+        "1",
+        "loss",
+        "10.000",
+        "drop",
+        "25.0%",
+        "lr",
+        "1.00e-03",
+        "1,234",
+        "tokens/s",
+    ]
     assert lines[1].startswith("100%  step 10 loss 1.000")
 
 
