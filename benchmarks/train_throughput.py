@@ -265,8 +265,19 @@ def compare(shape_name: str, dtype: str, options: argparse.Namespace) -> list[li
         weights = save_weights(Transformer(model_config(shape), shape["vocab"], seed=0), folder)
         for _ in range(options.repeats):
             for name in names:
-                job = {"shape": shape, "name": name, "weights": str(weights), "dtype": dtype, "threads": options.threads}
-                job |= {"warmup": options.warmup, "steps": options.steps, "profile": options.profile, "engine": options.engine}
+                job = {
+                    "shape": shape,
+                    "name": name,
+                    "weights": str(weights),
+                    "dtype": dtype,
+                    "threads": options.threads,
+                }
+                job |= {
+                    "warmup": options.warmup,
+                    "steps": options.steps,
+                    "profile": options.profile,
+                    "engine": options.engine,
+                }
                 result = start(job, options.litgpt_python if name == "litgpt" else sys.executable)
                 results[name].append(result)
                 rate = shape["batch"] * shape["length"] / statistics.median(result["seconds"])

@@ -205,7 +205,7 @@ class GoldfishConfig(Section):
     def _scheme_takes_them(self) -> GoldfishConfig:
         takes = {"table": ("h", "canonical"), "static": (), "random": ("seed",)}
         if self.scheme != "goldfish-v1":
-            defaults = {"seed": 0, "min_context": None, "canonical": None}
+            defaults = {"h": 13, "seed": 0, "window": "preceding", "min_context": None, "canonical": None}
             for name, default in defaults.items():
                 if getattr(self, name) != default and name not in takes[self.scheme]:
                     raise ValueError(

@@ -49,9 +49,9 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int, 
     """Operations of a training step for each input token: forward and backward (twice the forward), no recomputation.
 
     6 for every weight in a matrix product (the embedding is looked up, the head counts for kept tokens alone), plus
-    for each layer 12 * num_heads * head_dim * (keys a token sees on average), which is 6 * num_heads * head_dim * (S + 1)
-    for causal attention over S tokens. PaLM's formula (arXiv 2204.02311, appendix B) counts the full square, twice
-    that. Rows of several documents take less.
+    for each layer 12 * num_heads * head_dim * (keys a token sees on average), which is
+    6 * num_heads * head_dim * (S + 1) for causal attention over S tokens. PaLM's formula (arXiv 2204.02311, appendix B)
+    counts the full square, twice that. Rows of several documents take less.
     """
     span = sequence_length if config.sliding_window is None else min(config.sliding_window, sequence_length)
     keys = span - span * (span - 1) / (2 * sequence_length)

@@ -28,7 +28,9 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        # A rounded input has been copied to fp32 just now: that copy can be overwritten.
+        out = torch.mul(wide, inverse, out=wide if wide is not x else None)
+        return out.mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -47,7 +49,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [..., 2 n], gate first -> [..., n]. Keeps its input alone for the backward pass."""
+    """silu(gate) * up of [..., 2 n], gate first -> [..., n].
+
+    Keeps its input for the backward pass, and on the CPU silu(gate) too: an exponential costs more there than a read.
+    """
     out: torch.Tensor = _SwiGLU.apply(gate_up)
     return out
 
@@ -55,28 +60,31 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        if gate_up.device.type == "cpu":
+            ctx.save_for_backward(gate_up, activated)
+            return activated * up
+        ctx.save_for_backward(gate_up)
+        return activated.mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (gate_up,) = ctx.saved_tensors
+        gate_up, *kept = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=d_up)
+        torch.mul(grad, kept[0] if kept else F.silu(gate), out=d_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
         return d_gate_up
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [b, S, H, head_dim] (Su et al. 2021, Hugging Face's half-split
-    order).
+    """Rotate the pairs (i, i + head_dim / 2) of x [b, S, H, head_dim] (Su et al. 2021; half-split, as Hugging Face).
 
-    cos fp32 [S or b, S; 1, head_dim], both halves alike; sin of that shape, the first half negated (see RotaryTable).
-    The arithmetic is fp32, the result has x's dtype.
+    cos [S or b, S; 1, head_dim], both halves alike; sin of that shape, the first half negated (see RotaryTable).
+    Computed in x's dtype, with cos and sin rounded to it, as in transformers.
     """
     out: torch.Tensor = _Rotary.apply(x, cos, sin)
     return out
@@ -98,8 +106,8 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
-    wide = x.float() if x.dtype != torch.float64 else x
-    out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
-    torch.mul(wide[..., half:], sin[..., :half], out=out[..., :half])
-    torch.mul(wide[..., :half], sin[..., half:], out=out[..., half:])
-    return out.addcmul_(wide, cos).to(x.dtype)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x[..., half:], sin[..., :half], out=out[..., :half])
+    torch.mul(x[..., :half], sin[..., half:], out=out[..., half:])
+    return out.addcmul_(x, cos)

@@ -95,8 +95,8 @@ def _check_names(path: Path, wanted: Mapping[str, torch.Tensor], stored: Mapping
     for name, tensor in wanted.items():
         if tensor.shape != stored[name].shape:
             raise InputError(
-                f"{path}: {name} has shape {list(stored[name].shape)}, the model needs {list(tensor.shape)}: the weights "
-                "are of a model of another shape (section model, or another tokenizer)"
+                f"{path}: {name} has shape {list(stored[name].shape)}, the model needs {list(tensor.shape)}: "
+                "the weights are of a model of another shape (section model, or another tokenizer)"
             )
 
 

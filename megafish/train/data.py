@@ -122,8 +122,8 @@ def _open_tokenizer(config: Config, train: list[SourceSpec]) -> Tokenizer:
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
     for source in train:
-        if source.corpus.tokenizer_path is not None:
-            return source.corpus.open_tokenizer()
+        if (tokenizer := source.corpus.open_tokenizer()) is not None:
+            return tokenizer
     raise InputError(
         "data.tokenizer is not set and no training corpus comes with a tokenizer (bare .bin/.idx pairs have none): "
         "set data.tokenizer=tokenizer.model"
