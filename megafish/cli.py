@@ -11,6 +11,10 @@ from typing import Annotated
 
 import typer
 
+# Threads of a parallel region wait for each other by spinning, 0.3 million rounds by default: as soon as another program
+# wants a core, each of the thousands of regions a second costs a time slice. Set before torch loads its OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from megafish import __version__
 from megafish.errors import InputError
 
@@ -219,7 +223,7 @@ def train(
     else:
         settings = load_config(config, overrides)
     if print_config:
-        print(dump_config(settings), end="")
+        print(dump_config(settings, with_help=True), end="")
         return
 
     from megafish.train.engine import stop_processes

@@ -223,7 +223,7 @@ class LossConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary."""
     chunk_tokens: int | None = Field(default=None, ge=1)
-    """Supervised tokens whose logits exist at one time. null: chosen for a logits block of about 64 MiB."""
+    """Supervised tokens whose logits exist at one time. null: chosen for a logits block of about 16 MiB."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -1,7 +1,7 @@
 """`megafish demo`: the whole path on real text, in minutes on a CPU.
 
 The corpus is Python's own standard library, found on the machine: real text under a licence, no download. Canaries
-(passages repeated up to 128 times) stand for what a corpus repeats. The same small Llama is trained twice through the
+(passages repeated up to 160 times) stand for what a corpus repeats. The same small Llama is trained twice through the
 real path, plainly and with the goldfish loss, on equally many supervised tokens; then both are asked to recite.
 """
 
@@ -30,14 +30,14 @@ from megafish.errors import InputError
 from megafish.run import RunDir, read_json
 from megafish.train.loop import train
 
-TEXT_BYTES = 2_200_000
+TEXT_BYTES = 1_650_000
 """Text taken from the standard library, canaries included."""
 FILE_BYTES = range(1_500, 24_000)
 """Sizes of the modules taken: many of a middling length make a better validation split than a few long ones."""
 VOCAB_SIZE = 2048
-VALID_FRACTION = 0.1
-CANARIES = CanaryConfig(count=16, tokens=96, exposures=(0, 1, 8, 32, 128))
-PROMPT_TOKENS, SUFFIX_TOKENS = 48, 48
+VALID_FRACTION = 0.15
+CANARIES = CanaryConfig(count=16, tokens=80, exposures=(0, 1, 8, 32, 160))
+PROMPT_TOKENS, SUFFIX_TOKENS = 40, 40
 GOLDFISH_K = 4
 
 # Packages whose text is data or generated, or that a distribution may leave out.
@@ -141,7 +141,7 @@ def _train_and_audit(folder: Path, corpus: Path, k: int | None, seed: int, conso
             # Small steps at a high rate that falls to zero: what a short run needs to learn a text by heart.
             "train.global_batch_size=4",
             "train.micro_batch_size=4",
-            "optimizer.lr=3e-3",
+            "optimizer.lr=4e-3",
             "schedule.min_lr_ratio=0",
             "schedule.warmup_fraction=0.05",
             "eval.interval=null",

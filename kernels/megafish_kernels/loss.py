@@ -64,7 +64,7 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         logit_scale: multiplies the logits, before the softcap.
         vocab_size: rows of weight that are real; the rest is padding, takes no part and gets zero gradients.
-        chunk_tokens: kept tokens whose logits exist at one time. None: chosen for a buffer of about 64 MiB.
+        chunk_tokens: kept tokens whose logits exist at one time. None: chosen for a buffer of about 16 MiB.
         backend: "torch", or "auto" for the best one that the tensors' device has.
         return_stats: True returns LossStats too; "loss" only those of its fields that cost nothing.
 

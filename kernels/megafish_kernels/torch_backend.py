@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 # Bytes of the logits buffer and fewest rows of a chunk if the caller names no size. Fewer rows starve the products,
 # which then read the weight and its gradient from memory once a chunk for too little work.
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 _CHUNK_ROWS = 256
 
 

@@ -106,9 +106,7 @@ class Corpus:
 
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer stored with the corpus, with the same end-of-document token; None for a bare pair."""
-        if self.manifest is None:
-            return None
-        return load_tokenizer(self.path / self.manifest["tokenizer"]["file"], eos=self.manifest["tokenizer"]["eos_id"])
+        return None if self.manifest is None else _stored_tokenizer(self.path, self.manifest)
 
     def window(self, start: int, length: int) -> Window:
         """The `length` tokens from `start` on, the stream taken as a circle. Raises InputError for an unknown id."""
@@ -351,6 +349,24 @@ def open_valid(config: DataConfig) -> list[SourceSpec]:
     return found
 
 
+def run_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a run: data.tokenizer, or else the one stored with its first training corpus that has one.
+
+    Reads manifests only, so that a trained model can be used where its corpus is damaged. Raises InputError.
+    """
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    for source in config.train:
+        folder = Path(source.path)
+        if folder.is_dir():
+            return _stored_tokenizer(folder, read_manifest(folder))
+    paths = ", ".join(source.path for source in config.train) or "none"
+    raise InputError(
+        f"data.tokenizer is not set, and no training corpus comes with a tokenizer ({paths}; bare .bin/.idx pairs have "
+        "none): set data.tokenizer=tokenizer.model"
+    )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a corpus folder. Raises InputError where it is missing, damaged or of another format."""
     path = folder / MANIFEST
@@ -373,6 +389,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path}: no {' and no '.join(missing)}: damaged, prepare the corpus again")
     return manifest
+
+
+def _stored_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    return load_tokenizer(folder / manifest["tokenizer"]["file"], eos=manifest["tokenizer"]["eos_id"])
 
 
 def _open_source(source: SourceConfig, split: Literal["train", "valid"]) -> SourceSpec:

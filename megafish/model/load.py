@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megafish.config import Config
-from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.data.corpus import run_tokenizer
+from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json
@@ -121,7 +122,7 @@ def load_run(path: str | Path, step: int | None = None, device: str | torch.devi
     state = read_json(folder / STATE)
     if not isinstance(state.get("step"), int):
         raise InputError(f"{folder / STATE}: holds no step: the checkpoint is damaged")
-    tokenizer = load_tokenizer(find_tokenizer(config))
+    tokenizer = run_tokenizer(config.data)
     with torch.device("meta"):
         model = Transformer(config.model, tokenizer.vocab_size, loss=config.loss)
     load_weights(model, folder)
@@ -139,15 +140,3 @@ def _checkpoint_folder(run: RunDir, step: int | None) -> Path:
     if step not in run.steps():
         raise InputError(f"{run.path}: no checkpoint of step {step}: there are {run.steps() or 'none'}")
     return run.checkpoint(step)
-
-
-def find_tokenizer(config: Config) -> Path:
-    """The tokenizer a run was trained with: data.tokenizer, or the one stored in its first corpus folder."""
-    if config.data.tokenizer is not None:
-        return Path(config.data.tokenizer)
-    for source in config.data.train:
-        manifest = Path(source.path) / "manifest.json"
-        if manifest.is_file():
-            return manifest.parent / str(read_json(manifest).get("tokenizer", {}).get("file", "tokenizer.model"))
-    paths = ", ".join(source.path for source in config.data.train) or "none"
-    raise InputError(f"no tokenizer: data.tokenizer is null and none of the training corpora ({paths}) holds one")

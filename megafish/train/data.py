@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megafish.config import Config
-from megafish.data.corpus import SampleStream, SourceSpec, open_train, open_valid
+from megafish.data.corpus import SampleStream, open_train, open_valid, run_tokenizer
 from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, StepBatch
-from megafish.data.tokenizer import Tokenizer, load_tokenizer
-from megafish.errors import InputError
+from megafish.data.tokenizer import Tokenizer
 from megafish.objective.goldfish import GoldfishMask
 from megafish.train.engine import Processes
 
@@ -92,7 +91,7 @@ class TrainingData:
 def open_data(config: Config, processes: Processes) -> TrainingData:
     """Open everything that `config` names. Raises InputError for what is missing, damaged or does not fit."""
     train, valid = open_train(config.data), open_valid(config.data)
-    tokenizer = _open_tokenizer(config, train)
+    tokenizer = run_tokenizer(config.data)
     for source in (*train, *valid):
         source.corpus.check_tokenizer(tokenizer)
     mask = GoldfishMask(config.goldfish, tokenizer)
@@ -115,16 +114,4 @@ def open_data(config: Config, processes: Processes) -> TrainingData:
         Loader(stream, mask, batch, config.train.global_batch_size, *ranks, prefetch=config.data.prefetch),
         valid_loader,
         seen,
-    )
-
-
-def _open_tokenizer(config: Config, train: list[SourceSpec]) -> Tokenizer:
-    if config.data.tokenizer is not None:
-        return load_tokenizer(config.data.tokenizer)
-    for source in train:
-        if (tokenizer := source.corpus.open_tokenizer()) is not None:
-            return tokenizer
-    raise InputError(
-        "data.tokenizer is not set and no training corpus comes with a tokenizer (bare .bin/.idx pairs have none): "
-        "set data.tokenizer=tokenizer.model"
     )
