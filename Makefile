@@ -18,7 +18,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.installed ## Train a small model twice, plain and goldfish, and compare what each recites (ARGS="--seed 1")
-	$(BIN)/megafish demo $(ARGS)
+	$(BIN)/megafish demo --overwrite $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the test suite (ARGS="tests/data -k blend" for a part of it)
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-# Threads of a parallel region wait for each other by spinning, 0.3 million rounds by default: as soon as another program
-# wants a core, each of the thousands of regions a second costs a time slice. Set before torch loads its OpenMP.
+# Threads of a parallel region spin while they wait for each other, 300,000 rounds by default: as soon as another
+# program wants a core, each of the thousands of regions a second costs a time slice. Set before torch loads OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megafish import __version__
@@ -53,6 +53,13 @@ class DocumentUnit(str, Enum):
     blank_line = "blank-line"
 
 
+# The machine's state and what the user named, not defects of the program: one line, no traceback.
+_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
     try:
@@ -60,19 +67,18 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     except OSError as error:
-        # A disk that is full or a file that cannot be read is the machine's state, not a defect of the program.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS):
+        if error.errno not in _MACHINE:
             raise
-        _fail(f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}")
+        _fail(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _fail(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f"[rank {rank}] "
-    print(f"{where}error: {message}", file=sys.stderr)
+    # Processes of one run fail together and with one message (train/engine.py); the first one prints it.
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -130,6 +136,9 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="Folder to write")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.model (sentencepiece) or tokenizer.json")],
+    eos: Annotated[
+        str | None, typer.Option(help="Token that ends a document (default: the tokenizer's own, or a usual name)")
+    ] = None,
     text_key: TextKey = "text",
     text_suffix: TextSuffix = None,
     goldfish_k_key: Annotated[
@@ -170,6 +179,7 @@ def prepare(
         inputs,
         output,
         tokenizer,
+        eos=eos,
         text_key=text_key,
         goldfish_k_key=goldfish_k_key,
         documents=documents.value,
@@ -213,11 +223,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
-    from megafish.config import dump_config, load_config
+    from megafish.config import dump_config, load_config, preset_names
     from megafish.run import RunDir
 
     overrides = overrides or []
-    if Path(config).is_dir():
+    if Path(config).is_dir() and (config not in preset_names() or (Path(config) / "config.yaml").is_file()):
         run = RunDir.existing(config)
         settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
     else:
@@ -226,16 +236,15 @@ def train(
         print(dump_config(settings, with_help=True), end="")
         return
 
-    from megafish.train.engine import stop_processes
     from megafish.train.loop import Diverged
     from megafish.train.loop import train as run_train
 
     try:
         outcome = run_train(settings, resume=resume)
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    stop_processes()
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
         if outcome.signal is None:
@@ -267,7 +276,10 @@ def generate(
     """Continue prompts with a trained model."""
     prompts = list(prompt or [])
     if prompt_file is not None:
-        prompts += prompt_file.read_text(encoding="utf-8").splitlines()
+        try:
+            prompts += prompt_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{prompt_file}: byte {error.start}: not UTF-8") from None
     if not prompts:
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
 

@@ -77,6 +77,15 @@ class RopeScaling(Section):
     beta_slow: float = Field(default=1.0, gt=0)
     """yarn: rotations over the original context below which a dimension is fully interpolated."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}: "
+                "llama3 interpolates between the two"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """Shape of a Llama-family decoder. Defaults give Llama; the options cover Mistral, Qwen2 and Qwen3 too."""
@@ -223,7 +232,7 @@ class LossConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary."""
     chunk_tokens: int | None = Field(default=None, ge=1)
-    """Supervised tokens whose logits exist at one time. null: chosen for a logits block of about 16 MiB."""
+    """Supervised tokens whose logits exist at one time. null: 16 MiB of logits or 256 tokens, whichever is more."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -334,7 +343,10 @@ _DEEPSPEED_KEYS = {
     "optimizer": "the optimizer section",
     "scheduler": "the schedule section",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",
     "fp16": "train.precision",
+    "data_types": "train.precision; gradients are accumulated in fp32",
+    "communication_data_type": "train.precision; gradients are sent in fp32",
     "zero_optimization.stage": "engine.zero_stage",
 }
 
@@ -380,7 +392,7 @@ class TrackConfig(Section):
     """What is reported, and where. metrics.jsonl in the run directory is always written."""
 
     log_interval: int = Field(default=1, ge=1)
-    """Steps between lines of metrics.jsonl and of the progress display."""
+    """Steps between lines of metrics.jsonl (and TensorBoard's and wandb's points)."""
     tensorboard: bool = False
     """Write TensorBoard events below the run directory."""
     wandb: WandbConfig = Field(default_factory=WandbConfig)
@@ -431,6 +443,15 @@ class Config(Section):
     """Reporting."""
     audit: AuditConfig = Field(default_factory=AuditConfig)
     """Memorization audit."""
+
+    @model_validator(mode="after")
+    def _accumulates_in_fp32(self) -> Config:
+        if self.train.precision == "bf16" and self.engine.zero_stage == 0:
+            raise ValueError(
+                "train.precision=bf16 with engine.zero_stage=0: DeepSpeed would add up gradients in bf16 there; set "
+                "engine.zero_stage=1 (on one process it costs nothing) or train.precision=fp32"
+            )
+        return self
 
     @property
     def run_path(self) -> Path:

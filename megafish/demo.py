@@ -40,8 +40,14 @@ CANARIES = CanaryConfig(count=16, tokens=80, exposures=(0, 1, 8, 32, 160))
 PROMPT_TOKENS, SUFFIX_TOKENS = 40, 40
 GOLDFISH_K = 4
 
-# Packages whose text is data or generated, or that a distribution may leave out.
+# What a demo leaves in its folder.
+_MADE = {"tokenizer.model", "tokenizer.model.tmp", "corpus", "plain", "goldfish", "report"}
+
+# Packages whose text is tables (continued by counting on, with nothing learned by heart), is generated, or may be left
+# out by a distribution.
 _LEFT_OUT = {
+    "encodings",
+    "pydoc_data",
     "site-packages",
     "dist-packages",
     "test",
@@ -66,10 +72,7 @@ class Compared:
 def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Compared]:
     """Corpus, two runs, two audits, one comparison below `output`. Returns the runs by name."""
     console = Console()
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise InputError(f"{output}: not empty: give --overwrite to start over, or another --output")
-        shutil.rmtree(output)
+    _make_room(output, overwrite)
     started = time.monotonic()
     console.rule("[bold]1/4  corpus: Python's standard library")
     corpus = _make_corpus(output, seed)
@@ -87,6 +90,25 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> dict[st
     console.print(_verdict(compared))
     console.print(f"took {time.monotonic() - started:.0f} s\nnext: open {page} in a browser", highlight=False)
     return compared
+
+
+def _make_room(output: Path, overwrite: bool) -> None:
+    """Remove an earlier demo, and nothing else: the folder may be one that the user named by mistake."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"{output}: not a folder: name another --output")
+    entries = sorted(output.iterdir())
+    foreign = [entry.name for entry in entries if entry.name not in _MADE]
+    if foreign:
+        raise InputError(f"{output}: holds {foreign[0]!r}, which no demo made: name another --output")
+    if entries and not overwrite:
+        raise InputError(f"{output}: holds a demo already: give --overwrite to start over, or another --output")
+    for entry in entries:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def library_files(budget: int, seed: int) -> list[Path]:
@@ -169,10 +191,11 @@ def comparison_table(compared: dict[str, Compared]) -> Table:
     levels = [entry.summary["extraction"]["levels"] for entry in compared.values()]
     for row in zip(*levels, strict=True):
         cells = [f"{level['exact_matches']} of {level['canaries']}" for level in row]
-        table.add_row(f"{row[0]['exposures']} copies" if row[0]["exposures"] else "never seen (control)", *cells)
+        copies = row[0]["exposures"]
+        table.add_row(f"{copies} cop{'y' if copies == 1 else 'ies'}" if copies else "never seen (control)", *cells)
     table.add_section()
     summaries = [entry.summary for entry in compared.values()]
-    table.add_row("validation loss [nats/token]", *(f"{s['losses']['valid']['loss']:.4f}" for s in summaries))
+    table.add_row("validation loss, nats/token", *(f"{s['losses']['valid']['loss']:.4f}" for s in summaries))
     table.add_row("supervised tokens", *(f"{s['supervised_tokens']:,}" for s in summaries))
     table.add_row("tokens read", *(f"{s['tokens']:,}" for s in summaries))
     table.add_row("training time", *(f"{entry.seconds:.0f} s" for entry in compared.values()))

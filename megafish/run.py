@@ -1,6 +1,7 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
-config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   logs/
+config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   plots/
+tensorboard/   wandb/   wandb_id   .lock
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class RunDir:
         self.latest_file = self.path / "latest"
         self.checkpoints = self.path / "checkpoints"
         self.audit = self.path / "audit"
-        self.logs = self.path / "logs"
         self.report_file = self.path / "report.html"
 
     @classmethod
@@ -106,6 +106,16 @@ def write_atomic(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last: without it a power cut may undo them."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,13 +133,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: Any) -> str:
-    """hashlib.file_digest came with Python 3.11."""
     digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

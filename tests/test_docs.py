@@ -50,6 +50,11 @@ def commands() -> Iterator[Command]:
 COMMANDS = list(commands())
 
 
+def test_no_place_holder_is_left() -> None:
+    for page in PAGES:
+        assert not re.findall(r"@[A-Z]+@", page.read_text(encoding="utf-8")), page.name
+
+
 def test_there_are_commands_to_check() -> None:
     used = {command.arguments[0] for command in COMMANDS if command.arguments}
     assert {"tokenizer", "prepare", "train", "audit", "report", "generate", "schema", "demo"} <= used

@@ -13,6 +13,7 @@ independent. Only integer arithmetic is used, so that NumPy and torch, on any de
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -47,6 +48,7 @@ def _mix(state: int) -> int:
 @lru_cache(maxsize=64)
 def goldfish_coefficients(seed: int, h: int) -> tuple[int, ...]:
     """c[0] ... c[h] of goldfish-v1: the first h + 1 outputs of splitmix64 seeded with `seed`, as unsigned integers."""
+    seed, h = _whole("seed", seed), _whole("h", h)  # NumPy's integers would overflow below
     return tuple(_mix((seed + (i + 1) * _GOLDEN) & _MASK) for i in range(h + 1))
 
 
@@ -81,7 +83,8 @@ def goldfish_drop(
         tokens: [..., n] integers >= 0; each row is a stretch of a stream of documents. With `scheme="table"` the
             published code's masks come out when these are the targets (the inputs shifted by one).
         k: one in k tokens is dropped: an integer >= 2, None for no drops, or integers that broadcast to `tokens` (the
-            k of each position's document; 0 for no drops).
+            k of each position's document; 0 for no drops). An integer may be Python's, NumPy's or a 0-d array or
+            tensor, here and below.
         h: context tokens that decide, >= 1 (schemes goldfish-v1 and table).
         seed: of the hash, 0 <= seed < 2^64 (schemes goldfish-v1 and random).
         window: "preceding" hashes x[i-1] ... x[i-h], the paper's definition; "inclusive" hashes x[i] ... x[i-h+1] as
@@ -108,6 +111,13 @@ def goldfish_drop(
         ValueError: an argument is out of range, has the wrong shape, or does not go with the scheme.
         IndexError: an id lies outside `exempt` or `canonical` (tensors on a CPU; undefined on other devices).
     """
+    # Checks and arithmetic below are those of Python's integers: nothing else may pass for one.
+    if k is not None and not getattr(k, "ndim", 0):
+        k = _whole("k", k)
+    if not getattr(nonce, "ndim", 0):
+        nonce = _whole("nonce", nonce)
+    h, seed, halo = _whole("h", h), _whole("seed", seed), _whole("halo", halo)
+    min_context = None if min_context is None else _whole("min_context", min_context)
     _check_options(k, h, seed, window, min_context, scheme, canonical, halo, nonce)
     shape = tuple(tokens.shape)
     if not shape:
@@ -144,6 +154,16 @@ def goldfish_drop(
     return _drop_numpy(np.asarray(tokens), **options)
 
 
+def _whole(name: str, value: Any) -> int:
+    """A scalar as a Python integer; anything that is not an integer, such as 2.5, is refused rather than rounded."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
+        value = value.item()
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+
+
 def _check_options(
     k: Any, h: int, seed: int, window: str, min_context: int | None, scheme: str, canonical: Any, halo: int, nonce: Any
 ) -> None:
@@ -151,8 +171,8 @@ def _check_options(
         raise ValueError(f"scheme: {scheme!r} is not one of goldfish-v1, table, static, random")
     if window not in ("preceding", "inclusive"):
         raise ValueError(f"window: {window!r} is not one of preceding, inclusive")
-    if isinstance(k, int) and k < 2:
-        raise ValueError(f"k: {k} must be at least 2 (None drops nothing)")
+    if isinstance(k, int) and not 2 <= k < 2**63:
+        raise ValueError(f"k: {k} must be at least 2 and below 2^63 (None drops nothing)")
     if h < 1:
         raise ValueError(f"h: {h} must be at least 1")
     if not 0 <= seed < 2**64:
@@ -199,7 +219,8 @@ def _drop_numpy(
         raise ValueError(f"tokens: id {int(tokens.min())} is negative")
     ks = np.asarray(k)
     if ks.ndim:
-        _check_ks(ks.dtype.kind in "iu", ks.size and int(ks.min()), bool((ks == 1).any()))
+        _check_k_shape(tuple(ks.shape), tokens.shape)
+        _check_ks(ks.dtype.kind in "iu", int(ks.min()), bool((ks == 1).any()))
         ks = np.broadcast_to(ks, tokens.shape)
 
     ids = tokens if canonical is None else np.take(canonical, tokens)
@@ -234,6 +255,12 @@ def _drop_numpy(
     if exempt is not None:
         drop &= ~np.take(exempt, tokens)
     return drop
+
+
+def _check_k_shape(shape: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    pairs = zip(reversed(shape), reversed(tokens), strict=False)
+    if len(shape) > len(tokens) or any(size not in (1, whole) for size, whole in pairs):
+        raise ValueError(f"k: shape {shape} does not broadcast to that of tokens, {tokens}")
 
 
 def _check_ks(integers: bool, smallest: int, any_one: bool) -> None:
@@ -378,10 +405,15 @@ def _drop_torch(
         raise ValueError(f"tokens: id {int(ids.min())} is negative")
     ks = torch.as_tensor(k, device=device)
     if ks.dim():
-        integers = not (ks.is_floating_point() or ks.dtype == torch.bool)
+        _check_k_shape(tuple(ks.shape), tuple(tokens.shape))
+        integers = not (ks.is_floating_point() or ks.is_complex() or ks.dtype == torch.bool)
+        # int64 before any arithmetic: 2^32 // k and the shift overflow narrower types.
+        ks = ks.long()
         if device.type == "cpu":
             _check_ks(integers, int(ks.min()), bool((ks == 1).any()))
-        ks = ks.long().expand(tokens.shape)
+        elif not integers:
+            _check_ks(False, 0, False)
+        ks = ks.expand(tokens.shape)
 
     hashed = ids if canonical is None else canonical.to(device).long()[ids]
     index = torch.arange(n, device=device)

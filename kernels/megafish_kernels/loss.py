@@ -45,8 +45,11 @@ def linear_cross_entropy(
     """Cross-entropy of softcap(logit_scale * (hidden @ weight.T + bias)) with `targets`.
 
     Ignored tokens are taken out before any product, so that a token that the goldfish mask drops costs the head
-    nothing, forward or backward. Sums and losses are fp32 (float64 for float64 hidden states), and so is the weight's
-    gradient until all chunks are added up. Deterministic on one machine and number of threads.
+    nothing, forward or backward; how many are left is read by the host, which waits for a GPU's queue to come there.
+    Sums and losses are fp32 (float64 for float64 hidden states), and so is the adding up of the weight's gradient over
+    chunks. With bfloat16 or float16 hidden states the products' results are rounded to that type before the fp32
+    arithmetic: the logits, their gradient, and each chunk's part of the weight's gradient. Deterministic on one machine
+    and number of threads.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
@@ -64,8 +67,9 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         logit_scale: multiplies the logits, before the softcap.
         vocab_size: rows of weight that are real; the rest is padding, takes no part and gets zero gradients.
-        chunk_tokens: kept tokens whose logits exist at one time. None: chosen for a buffer of about 16 MiB.
-        backend: "torch", or "auto" for the best one that the tensors' device has.
+        chunk_tokens: kept tokens whose logits exist at one time. None: 16 MiB of logits or 256 tokens, whichever is
+            more.
+        backend: "torch", plain torch on any device, is the only one there is; "auto" leaves the choice to the library.
         return_stats: True returns LossStats too; "loss" only those of its fields that cost nothing.
 
     Returns:

@@ -220,7 +220,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = Rows(hidden, targets, index, row_weight)
         # A scale that lies in the CPU's memory goes into the products for nothing; on another device reading it here
         # would wait for that device's queue, so it is multiplied in by the backward.
-        alpha = float(scale) if scale is not None and scale.device.type == "cpu" else None
+        # Nor does it go in for float16: the gradient of hidden is stored in that type before the upstream gradient, a
+        # loss scale that is there to prevent just this, arrives, and 1e-6 of it would be rounded to nothing.
+        early = scale is not None and scale.device.type == "cpu" and hidden.dtype != torch.float16
+        alpha = float(scale) if scale is not None and early else None
         with torch.autocast(hidden.device.type, enabled=False):
             now = needs if scale is not None else (False, False, False)
             done = sweep(rows, weight, bias, options, 1.0 if alpha is None else alpha, now)

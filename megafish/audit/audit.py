@@ -60,6 +60,8 @@ def audit_run(
     """
     loaded = load_run(path, step)
     config = _with_overrides(loaded, overrides)
+    folder = loaded.run.audit / loaded.run.checkpoint(loaded.step).name
+    _restore(folder)
     auditor = _Auditor(loaded, config, progress)
     extractions = auditor.extract()
     summary: dict[str, Any] = {
@@ -77,7 +79,6 @@ def audit_run(
         "losses": {"train": auditor.training_losses(), "valid": auditor.validation_losses()},
     }
     records = [record(item, loaded.tokenizer) for item in extractions]
-    folder = loaded.run.audit / loaded.run.checkpoint(loaded.step).name
     view = RunView(loaded.run.path, config.name, config, {}, [summary], records)
     _write(folder, summary, records, view)
     console = console or Console()
@@ -121,6 +122,9 @@ class _Auditor:
             goldfish = goldfish.model_copy(update={"k": REFERENCE_K})
         self.mask = GoldfishMask(goldfish, loaded.tokenizer)
         self.stream = SampleStream(sources, config.data.sequence_length, config.data.seed, self.mask.halo)
+        # The reference mask was not trained with: what must agree is the mask of the configuration.
+        mask = GoldfishMask(config.goldfish, loaded.tokenizer) if self.reference else self.mask
+        _check_trained_with(loaded, {"data": self.stream.describe(), "mask": mask.describe()})
 
     # ------------------------------------------------------------------------------------------------------- extraction
 
@@ -223,6 +227,46 @@ def _spent(loaded: LoadedRun) -> dict[str, int]:
     return {key: spent[key] for key in keys}
 
 
+_TRAINED_WITH = {
+    "data": (
+        "the training data are not those the checkpoint was trained on",
+        "restore the corpora and the section data of {config} of that time",
+    ),
+    "mask": (
+        "the mask is not the one the checkpoint was trained with",
+        "restore the section goldfish of {config} and the tokenizer of that time",
+    ),
+}
+"""What state.json must hold like the audit finds it: what a difference means, and what to do."""
+
+
+def _check_trained_with(loaded: LoadedRun, now: dict[str, Any]) -> None:
+    """Refuse data or a mask that the checkpoint never met: counts of copies and dropped tokens would be made up."""
+    file = loaded.run.checkpoint(loaded.step) / "state.json"
+    state = read_json(file)
+    for key, (meaning, remedy) in _TRAINED_WITH.items():
+        if not isinstance(state.get(key), dict):
+            raise InputError(f"{file}: does not say what was trained with ({key}): the checkpoint is damaged")
+        if differences := _differing(state[key], now[key], key):
+            raise InputError(
+                f"{file.parent}: {meaning} (differs: {', '.join(differences)}): "
+                f"{remedy.format(config=loaded.run.config_file)}, or train again"
+            )
+
+
+def _differing(saved: Any, now: Any, path: str) -> list[str]:
+    """Paths of the values that differ, such as "data.sources.0.slots"."""
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        # Long lists of numbers are named as a whole.
+        if not any(isinstance(value, dict) for value in (*saved, *now)):
+            return [] if saved == now else [path]
+        saved, now = dict(enumerate(saved)), dict(enumerate(now))
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = sorted(saved.keys() | now.keys())
+        return [found for key in keys for found in _differing(saved.get(key), now.get(key), f"{path}.{key}")]
+    return [] if saved == now else [path]
+
+
 def _drops_tokens(config: Config, sources: Sequence[SourceSpec]) -> bool:
     """Does the run's mask drop anything: by the run's k, a source's, or (in a train.k.npy) a document's?"""
     if any((config.goldfish.k if source.k == "default" else source.k) is not None for source in sources):
@@ -230,10 +274,22 @@ def _drops_tokens(config: Config, sources: Sequence[SourceSpec]) -> bool:
     return any((source.corpus.path / "train.k.npy").is_file() for source in sources)
 
 
+def _previous(folder: Path) -> Path:
+    """Where the earlier audit waits while the new one takes its place."""
+    return folder.with_name(folder.name + ".old")
+
+
+def _restore(folder: Path) -> None:
+    """Put the earlier audit back where a kill hit between the two renames of `_write`."""
+    if _previous(folder).exists() and not folder.exists():
+        os.replace(_previous(folder), folder)
+
+
 def _write(folder: Path, summary: dict[str, Any], records: Sequence[dict[str, Any]], view: RunView) -> None:
-    """Write the audit beside and rename it, so that a kill leaves the earlier audit or the new one."""
+    """Write the audit beside and rename it, so that a kill leaves the earlier audit (see `_restore`) or the new one."""
     beside = folder.with_name(folder.name + ".tmp")
-    previous = folder.with_name(folder.name + ".old")
+    previous = _previous(folder)
+    _restore(folder)
     for leftover in (beside, previous):
         if leftover.exists():
             shutil.rmtree(leftover)

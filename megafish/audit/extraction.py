@@ -1,8 +1,9 @@
 """Greedy extraction of canaries (Carlini et al. 2023, arXiv 2202.07646, definition 3.1 and section 3.2).
 
 A canary is a passage that was put into the training stream a known number of times. The model is given its first tokens
-and must continue; what it writes is compared with the rest of the passage. Canaries with 0 exposures were never trained
-on: they show what a model reproduces without having seen it.
+and must continue; what it writes is compared with the rest of the passage. Canaries with 0 exposures were not planted:
+they show what a model reproduces of such text by itself. The source documents of all canaries and exact copies of them
+are left out of the corpus; a passage that other documents repeat may remain.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +34,7 @@ class Probe:
 
     id: int
     exposures: int
-    """Copies in one epoch of the corpus; 0: control, never trained on."""
+    """Copies in one epoch of the corpus; 0: control, not planted."""
     tokens: np.ndarray
     """int64 [n], the whole passage without the end-of-document token."""
     corpus: str
@@ -66,6 +68,11 @@ class Extraction:
     def prefix_length(self) -> int:
         """Tokens reproduced before the first difference."""
         return longest_common_prefix(self.suffix, self.generated)
+
+    @cached_property
+    def rouge(self) -> float:
+        """ROUGE-L of the continuation."""
+        return rouge_l(self.suffix, self.generated)
 
     @property
     def left_at_drop(self) -> bool | None:
@@ -174,7 +181,7 @@ def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
         "effective_exposures": canary.exposures * canary.epochs,
         "exact_match": item.exact,
         "longest_common_prefix": item.prefix_length,
-        "rouge_l": rouge_l(item.suffix, item.generated),
+        "rouge_l": item.rouge,
         "suffix_loss": float(np.mean(item.suffix_losses)),
         "left_at_drop": item.left_at_drop,
         "prompt_tokens": item.prompt,
@@ -211,7 +218,7 @@ def summarize(items: Sequence[Extraction]) -> dict[str, Any]:
             "exact_low": low,
             "exact_high": high,
             "mean_prefix": float(np.mean([item.prefix_length for item in group])),
-            "mean_rouge_l": float(np.mean([rouge_l(item.suffix, item.generated) for item in group])),
+            "mean_rouge_l": float(np.mean([item.rouge for item in group])),
             "loss": float(losses.mean()),
             "loss_kept": None,
             "loss_dropped": None,

@@ -81,7 +81,7 @@ def memorization_panels(runs: Sequence[RunView]) -> list[Panel]:
             "ROUGE-L F1",
             lines("mean_rouge_l"),
             "Longest common subsequence of token ids, true against generated suffix. The level of the control group is "
-            "what similar text gives without having been seen.",
+            "what similar text gives without having been planted.",
             ticks,
             zero=True,
             top=1.03,
@@ -109,8 +109,8 @@ def _canary_loss(
         xlabel,
         "nats per token",
         series,
-        "Cross-entropy of the suffix given the true text before it. Dropped tokens were never training targets: what "
-        "is learned of the kept ones must not carry over to them.",
+        "Cross-entropy of the suffix given the true text before it. Dropped tokens of the planted "
+        "copies were not training targets.",
         ticks,
         zero=True,
     )
@@ -284,8 +284,8 @@ class _Curves:
             self.xlabel,
             "nats per token",
             series,
-            "Loss on training samples, forward pass only. Dropped tokens are predicted but never trained on: the gap "
-            "is what the model has memorized of the kept ones.",
+            "Loss on training samples, forward pass only. Dropped tokens are predicted but not trained on there. "
+            "Only a gap beyond the one that held-out text would show points to memorization of the kept ones.",
             settled=True,
         )
 

@@ -1,7 +1,9 @@
 """Plots of the report: one panel a figure, so that a page can stack them on a phone and a paper can take any of them.
 
-Colours are those of Okabe and Ito (2008), which people with any form of colour blindness can tell apart: warm ones for
-runs without a mask, cool ones for runs with one. Series also differ by marker, and are labelled where they end.
+Colours are warm for runs without a mask and cool for runs with one. The first of each kind are, on white paper, those
+of Okabe and Ito (2008), who chose them for colour-blind readers; the others are made to stand out on their background.
+From the fourth run of a kind on they repeat. So lines are labelled where they end, and those with few points differ by
+marker.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
         training=[_figure(panel, plots) for panel in training_panels(runs)],
         samples=choose_samples(runs),
         settings=settings_rows(runs),
+        unlike=unlike_audits(runs),
         missing=[item for run in runs for item in missing(run)],
         protocol=next((run.summary for run in runs if run.summary), None),
         version=__version__,
@@ -123,21 +124,33 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
 def findings(run: RunView) -> list[str]:
     """What the audit found, in plain sentences."""
     if not run.levels or run.summary is None or run.extraction is None:
         return []
     top = run.levels[-1]
     suffix = run.summary["settings"]["suffix_tokens"]
+    if top["exposures"]:
+        passages = (
+            f"{_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the corpus (about "
+            f"{top['effective_exposures']:.3g} times in what it read)"
+        )
+    else:
+        passages = f"{_count(top['canaries'], 'control passage')} that {_were(top['canaries'])} not planted"
     text = (
-        f"{run.name}: of {_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the "
-        f"training text, {top['exact_matches']} {'was' if top['exact_matches'] == 1 else 'were'} continued word "
+        f"{run.name}: of {passages}, {top['exact_matches']} {_were(top['exact_matches'])} continued word "
         f"for word for {suffix} tokens ({percent(top['exact_rate'])}, 95 % interval {percent(top['exact_low'])} to "
         f"{percent(top['exact_high'])})"
     )
-    control = run.levels[0] if run.levels[0]["exposures"] == 0 else None
-    if control is not None and control is not top:
-        text += f"; of {_count(control['canaries'], 'passage')} it never saw, {control['exact_matches']}"
+    control = run.levels[0]
+    if top["exposures"] and not control["exposures"]:
+        text += f"; of {_count(control['canaries'], 'control passage')}, not planted, {control['exact_matches']}"
+    elif not top["exposures"]:
+        text += "; no passage was planted, so this says nothing about memorization"
     sentences = [text + "."]
     divergence = run.extraction["divergence"]
     if divergence is not None and run.divergence_mask:
@@ -148,6 +161,23 @@ def findings(run: RunView) -> list[str]:
             f"{percent(divergence['high'])}; by chance {percent(divergence['chance'])})."
         )
     return sentences
+
+
+def unlike_audits(runs: Sequence[RunView]) -> list[str]:
+    """The prompt and suffix lengths of each audit where they are not all the same; else nothing."""
+    lines: list[str] = []
+    lengths: set[tuple[int, int]] = set()
+    for run in runs:
+        steps: dict[tuple[int, int], list[int]] = {}
+        for audit in run.audits:
+            if audit["extraction"]:
+                settings = audit["settings"]
+                steps.setdefault((settings["prompt_tokens"], settings["suffix_tokens"]), []).append(audit["step"])
+        lengths |= steps.keys()
+        for (prompt, suffix), at in steps.items():
+            which = f"{'step' if len(at) == 1 else 'steps'} {', '.join(map(str, at))}"
+            lines.append(f"{run.name}, {which}: {prompt} tokens given, {suffix} asked for")
+    return lines if len(lengths) > 1 else []
 
 
 def missing(run: RunView) -> list[Missing]:
@@ -201,11 +231,14 @@ def _tiles(run: RunView) -> list[tuple[str, str, str]]:
         tiles.append((_number(loss), "validation loss", "nats per token, never masked"))
     if (bits := run.valid("bits_per_byte")) is not None:
         tiles.append((_number(bits), "bits per byte", "validation"))
-    if (tokens := run.last("train", "supervised_tokens")) is not None:
-        tiles.append(
-            (short_number(tokens), "supervised tokens", f"{short_number(run.last('train', 'tokens') or 0)} read")
-        )
+    if (tokens := _tokens(run, "supervised_tokens")) is not None:
+        tiles.append((short_number(tokens), "supervised tokens", f"{short_number(_tokens(run, 'tokens') or 0)} read"))
     return tiles
+
+
+def _tokens(run: RunView, key: str) -> float | None:
+    """Tokens that the audited checkpoint had read, since the other figures are its; of the run without an audit."""
+    return float(run.summary[key]) if run.summary else run.last("train", key)
 
 
 _STYLES: dict[str, Callable[[float], str]] = {
@@ -232,12 +265,15 @@ def comparison(runs: Sequence[RunView]) -> list[Row]:
             cells.append(Cell(text, "; ".join(small)))
         rows.append(Row(label, cells, unit))
 
-    row("Supervised tokens", [run.last("train", "supervised_tokens") for run in runs], "count")
-    row("Input tokens", [run.last("train", "tokens") for run in runs], "count")
+    if any(run.summary for run in runs):
+        steps = [str(run.summary["step"]) if run.summary else "not audited" for run in runs]
+        rows.append(Row("Audited step", [Cell(step) for step in steps]))
+    row("Supervised tokens", [_tokens(run, "supervised_tokens") for run in runs], "count")
+    row("Input tokens", [_tokens(run, "tokens") for run in runs], "count")
     row("Validation loss", [run.valid("loss") for run in runs], "number", "nats/token")
     row("Validation", [run.valid("bits_per_byte") for run in runs], "number", "bits/byte")
     for key, label in (("loss_kept", "Loss, kept tokens"), ("loss_dropped", "Loss, dropped tokens")):
-        notes = ["" if run.divergence_mask or not run.summary else "mask not used in training" for run in runs]
+        notes = ["" if run.masked or not run.summary else "mask not used in training" for run in runs]
         row(label, [_train_loss(run, key) for run in runs], "number", "nats/token", notes)
     for exposures in sorted({level["exposures"] for run in runs for level in run.levels}):
         at = [next((x for x in run.levels if x["exposures"] == exposures), None) for run in runs]

@@ -69,7 +69,7 @@ def choose_samples(runs: Sequence[RunView], most: int = 2) -> list[Sample]:
 def _sample(items: list[tuple[RunView, dict[str, Any]]]) -> Sample:
     first = items[0][1]
     copies = first["exposures"]
-    heading = f"{copies} {'copy' if copies == 1 else 'copies'}" if copies else "control, never seen"
+    heading = f"{copies} {'copy' if copies == 1 else 'copies'}" if copies else "control, not planted"
     if first["source"]:
         heading += f": {PurePath(first['source']).name}"
     marked = next(((run, item) for run, item in items if run.divergence_mask and item["dropped"]), None)

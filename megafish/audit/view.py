@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ class RunView:
 
     @property
     def divergence_mask(self) -> bool:
-        """Are the `dropped` marks of the samples those of this run's own mask?"""
-        return bool(self.summary and self.summary["mask"] and not self.summary["mask"]["reference"])
+        """Do the samples carry `dropped` marks, and are they those of this run's own mask?"""
+        if self.summary is None or self.summary["mask"]["reference"]:
+            return False
+        # A random mask drops other tokens at every copy: there is nothing to mark.
+        return self.summary["mask"].get("scheme") != "random"
 
     def last(self, kind: str, key: str) -> float | None:
         """The last value of a field of metrics.jsonl, or None."""
@@ -98,8 +101,7 @@ def load_views(paths: Sequence[str | Path]) -> list[RunView]:
 
 
 def _numbered(view: RunView, before: list[RunView]) -> RunView:
-    index = sum(other.masked == view.masked for other in before)
-    return RunView(view.path, view.name, view.config, view.metrics, view.audits, view.samples, index)
+    return replace(view, index=sum(other.masked == view.masked for other in before))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -107,7 +109,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which stand unescaped inside JSON strings.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             value = json.loads(line)
         except ValueError:

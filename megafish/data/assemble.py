@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megafish.data.canary import Canary, places
 from megafish.data.encode import DOCUMENT, unit_file
 from megafish.data.indexed import CODES, HEADER, MAGIC, VERSION
-from megafish.data.readers import DEFAULT_K
+from megafish.data.manifest import DEFAULT_K
 
 _COPY_BYTES = 4 << 20
 _ROWS = 1 << 18

@@ -135,7 +135,8 @@ def choose(candidates: Iterable[Candidate], config: CanaryConfig) -> tuple[list[
     """
     distinct: dict[int, Candidate] = {}
     for candidate in candidates:
-        distinct[candidate.digest] = candidate
+        # Of two documents with the same text the first one is the source, as within a unit.
+        distinct.setdefault(candidate.digest, candidate)
         if len(distinct) > 2 * config.total:  # memory must not grow with the number of parts
             distinct = {kept.digest: kept for kept in _best(distinct, config)}
     ranked = _best(distinct, config)

@@ -8,7 +8,6 @@ decide each token's fate from its document alone: a left halo, the document star
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +19,10 @@ import numpy.typing as npt
 
 from megafish.config import DataConfig, SourceConfig
 from megafish.data.indexed import IndexedDataset, file_pair
+from megafish.data.manifest import DEFAULT_K, MANIFEST, NEVER_K, read_manifest
 from megafish.data.order import ORDER, Locations, SampleOrder
-from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megafish.errors import InputError
-
-MANIFEST = "manifest.json"
-FORMAT, VERSION = "megafish-corpus", 1
-
-NEVER, DEFAULT = 0, -1
-"""Values of a document's k: never drop; drop as the source, or else the run, says."""
 
 
 class Window(NamedTuple):
@@ -100,6 +94,11 @@ class Corpus:
         return self.data.num_documents
 
     @property
+    def has_document_k(self) -> bool:
+        """Whether the corpus stores a goldfish k for each document (many of which may be the default)."""
+        return self._document_k is not None
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer stored with the corpus; None for a bare pair."""
         return self.path / self.manifest["tokenizer"]["file"] if self.manifest else None
@@ -123,7 +122,7 @@ class Corpus:
         return Window(tokens, starts, positions, None if parts[0].k is None else np.concatenate([p.k for p in parts]))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer other than the one that the corpus was made with; a bare pair takes its vocabulary on."""
+        """Refuse a tokenizer or end-of-document token other than the corpus's; a bare pair takes its vocabulary."""
         if self.manifest is None:
             self.vocab_size = tokenizer.vocab_size
             return
@@ -132,6 +131,11 @@ class Corpus:
             raise InputError(
                 f"{tokenizer.path}: not the tokenizer of {self.path}: sha256 {tokenizer.sha256[:16]}..., the manifest "
                 f"says {expected['sha256'][:16]}...: use {self.tokenizer_path} or prepare the corpus again"
+            )
+        if tokenizer.eos_id != expected["eos_id"]:
+            raise InputError(
+                f"{tokenizer.path}: ends documents with id {tokenizer.eos_id}, those of {self.path} end with "
+                f"{expected['eos_id']}: blend corpora with one end-of-document token, or prepare this one again"
             )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -335,16 +339,27 @@ def open_train(config: DataConfig) -> list[SourceSpec]:
 def open_valid(config: DataConfig) -> list[SourceSpec]:
     """The validation sources: those named, or else the validation splits of the training corpora that have one.
 
-    Empty where none is named and no training corpus has validation text.
+    Empty where none is named and no training corpus has validation text. A training corpus's split that is shorter
+    than one sample is passed over like one that is empty: it must not stop the training, for which its text suffices.
+    A corpus that was named for validation must be long enough (InputError).
     """
+    needed = config.sequence_length + 1
     if config.valid is not None:
-        return [_open_source(source, "valid") for source in config.valid]
+        named = [_open_source(source, "valid") for source in config.valid]
+        for corpus in (spec.corpus for spec in named):
+            if corpus.num_tokens < needed:
+                raise InputError(
+                    f"data.valid: {corpus.data.bin_path} has {corpus.num_tokens} tokens for validation, "
+                    f"one sample takes {needed} (data.sequence_length + 1): name a longer corpus, or prepare it with a "
+                    "larger --valid-fraction"
+                )
+        return named
     found = []
     for source in config.train:
         if not Path(source.path).is_dir():
             continue
         split = read_manifest(Path(source.path))["splits"].get("valid")
-        if split is not None and split["tokens"] > 0:
+        if split is not None and split["tokens"] >= needed:
             found.append(_open_source(source, "valid"))
     return found
 
@@ -352,10 +367,12 @@ def open_valid(config: DataConfig) -> list[SourceSpec]:
 def run_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, or else the one stored with its first training corpus that has one.
 
-    Reads manifests only, so that a trained model can be used where its corpus is damaged. Raises InputError.
+    Which token ends a document is the choice of the corpus: data.tokenizer takes it from the first training corpus made
+    with the same file. Reads manifests only, so that a trained model can be used where its corpus is damaged. Raises
+    InputError.
     """
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(config.tokenizer, eos=_eos_of_corpora(config))
     for source in config.train:
         folder = Path(source.path)
         if folder.is_dir():
@@ -367,28 +384,20 @@ def run_tokenizer(config: DataConfig) -> Tokenizer:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a corpus folder. Raises InputError where it is missing, damaged or of another format."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: a folder without {MANIFEST}, not a finished corpus: run `megafish prepare`, or give the prefix "
-            "of a .bin/.idx pair"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}): prepare the corpus again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: not the manifest of a corpus (no format {FORMAT!r})")
-    if manifest.get("version") != VERSION:
-        raise InputError(f"{path}: version {manifest.get('version')!r}, this program reads version {VERSION}")
-    missing = [key for key in ("splits", "tokenizer") if not isinstance(manifest.get(key), dict)]
-    if missing:
-        raise InputError(f"{path}: no {' and no '.join(missing)}: damaged, prepare the corpus again")
-    return manifest
+def _eos_of_corpora(config: DataConfig) -> int | None:
+    """The end-of-document id of the first training corpus that was made with the file data.tokenizer, if any."""
+    path = tokenizer_file(str(config.tokenizer))
+    if not path.is_file():
+        return None  # loading it says what is wrong
+    sha256 = _sha256(path)
+    for source in config.train:
+        try:
+            known = read_manifest(Path(source.path))["tokenizer"]
+        except InputError:
+            continue  # a bare pair, or a corpus that opening will refuse
+        if known["sha256"] == sha256:
+            return int(known["eos_id"])
+    return None
 
 
 def _stored_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
@@ -405,10 +414,10 @@ def _effective_k(
     """k of each token: its document's, or else its source's."""
     if source_k == "default":
         return document_k
-    fallback = np.int32(NEVER if source_k is None else source_k)
+    fallback = np.int32(NEVER_K if source_k is None else source_k)
     if document_k is None:
         return np.full(length, fallback)
-    return np.where(document_k == DEFAULT, fallback, document_k)
+    return np.where(document_k == DEFAULT_K, fallback, document_k)
 
 
 def _sha256(path: Path) -> str:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from megafish.data.canary import CanaryConfig, Candidate, CandidateKeeper
 from megafish.data.indexed import optimal_dtype
+from megafish.data.manifest import DEFAULT_K
 from megafish.data.readers import Document, Piece, ReadOptions, read_piece
 from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
@@ -51,6 +52,8 @@ class Unit:
 
     tokens: int
     documents: int
+    own_k: int
+    """Documents with a goldfish k of their own."""
     pieces: list[int]
     """Documents of each of its pieces."""
 
@@ -85,18 +88,29 @@ def encode_unit(
                 on_bytes(done - reported)
                 reported = done
             on_bytes(total - reported)
+            sync(tokens_file)
+            sync(documents_file)
         summary = {
             "tokens": encoder.tokens,
             "documents": encoder.documents,
+            "own_k": encoder.own_k,
             "pieces": counts,
             "candidates": [asdict(candidate) for candidate in keeper.candidates()] if keeper is not None else [],
         }
-        beside[2].write_text(json.dumps(summary), encoding="utf-8")
+        with open(beside[2], "wb") as summary_file:
+            summary_file.write(json.dumps(summary).encode("utf-8"))
+            sync(summary_file)
         for source, target in zip(beside, names, strict=True):
             os.replace(source, target)
     finally:
         for path in beside:
             path.unlink(missing_ok=True)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Put a file on the disk, so that the rename that declares it finished cannot outlive its content in a crash."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def unit_file(folder: Path, number: int, kind: str) -> Path:
@@ -111,7 +125,7 @@ def finished_unit(folder: Path, number: int, itemsize: int) -> Unit | None:
         sizes = [unit_file(folder, number, kind).stat().st_size for kind in ("tokens", "documents")]
         if sizes != [summary["tokens"] * itemsize, summary["documents"] * DOCUMENT.itemsize]:
             return None
-        return Unit(summary["tokens"], summary["documents"], summary["pieces"])
+        return Unit(summary["tokens"], summary["documents"], summary["own_k"], summary["pieces"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -149,6 +163,7 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions, keeper: CandidateKeeper | None) -> None:
         self.tokens = 0
         self.documents = 0
+        self.own_k = 0
         self._tokenizer = tokenizer
         self._options = options
         self._keeper = keeper
@@ -172,6 +187,7 @@ class _Encoder:
         documents_file.write(rows.data)
         self.tokens += len(tokens)
         self.documents += len(batch)
+        self.own_k += int((rows["k"] != DEFAULT_K).sum())
 
 
 def _batches(pieces: Sequence[Piece], options: ReadOptions, counts: list[int]) -> Iterator[list[tuple[Document, str]]]:

@@ -29,12 +29,12 @@ from megafish.data.assemble import HashedFile, assemble
 from megafish.data.canary import Canary, CanaryConfig, Candidate, CandidateKeeper, choose
 from megafish.data.encode import EncodeOptions, Unit, disk, encode_unit, finished_unit, text_hash, unit_candidates
 from megafish.data.indexed import optimal_dtype
+from megafish.data.manifest import FORMAT, MANIFEST, VERSION
 from megafish.data.readers import InputFile, Piece, ReadOptions, find_files, read_piece, split_file
 from megafish.data.tokenizer import Tokenizer, load_tokenizer
 from megafish.errors import InputError
 from megafish.progress import Track, track
 
-MANIFEST = "manifest.json"
 _WORK = ".prepare"
 _PLAN = "plan.json"
 _OUTPUTS = (
@@ -89,6 +89,11 @@ def prepare(
     options = EncodeOptions(read, valid_fraction, split_seed, canaries)
     coder = load_tokenizer(tokenizer, eos=eos)
     files, skipped = find_files(inputs, read)
+    if goldfish_k_key is not None and all(file.kind == "text" for file in files):
+        raise InputError(
+            f"goldfish_k_key={goldfish_k_key!r}: all inputs are text files, which have no fields; leave it out or give "
+            ".jsonl or .parquet"
+        )
     folder = Path(output)
     for file in files:
         if folder.resolve() in Path(file.path).resolve().parents:
@@ -100,6 +105,7 @@ def prepare(
             if skipped:
                 tracker.note(f"left out {len(skipped)} files with other suffixes, the first is {skipped[0]}")
             done = _encode(work, units, coder, options, _count(workers), tracker)
+        _check_unchanged(files)
         _finish(folder, work, files, units, done, coder, options, plan, progress)
     return folder / MANIFEST
 
@@ -236,7 +242,7 @@ def _encode_in_processes(
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     stop = context.Event()
-    setup = (tokenizer.path, tokenizer.eos_id, options, counter, stop)
+    setup = (tokenizer.path, tokenizer.sha256, tokenizer.eos_id, options, counter, stop)
     before = tracker.done
     with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
         pending: set[Future[None]] = {pool.submit(_work_on, folder, number, units[number]) for number in todo}
@@ -263,11 +269,11 @@ class _Stopped(Exception):
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(path: Path, eos_id: int, options: EncodeOptions, counter: Any, stop: Any) -> None:
+def _start_worker(path: Path, sha256: str, eos_id: int, options: EncodeOptions, counter: Any, stop: Any) -> None:
     # Ctrl-C reaches the whole process group: the main process decides, by `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker.update(tokenizer=load_tokenizer(path, eos=eos_id), options=options, counter=counter, stop=stop)
+    _worker.update(path=path, sha256=sha256, eos_id=eos_id, options=options, counter=counter, stop=stop)
 
 
 def _exit_with_parent() -> None:
@@ -284,7 +290,28 @@ def _work_on(folder: Path, number: int, pieces: list[Piece]) -> None:
         if _worker["stop"].is_set():
             raise _Stopped
 
+    if "tokenizer" not in _worker:  # here, not in `_start_worker`, whose exceptions would be lost
+        tokenizer = load_tokenizer(_worker["path"], eos=_worker["eos_id"])
+        _check_tokenizer(tokenizer.path, tokenizer.sha256, _worker["sha256"])
+        _worker["tokenizer"] = tokenizer
     encode_unit(folder, number, pieces, _worker["tokenizer"], _worker["options"], on_bytes)
+
+
+def _check_tokenizer(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise InputError(f"{path}: the tokenizer has changed while prepare ran; start over with --overwrite")
+
+
+def _check_unchanged(files: Sequence[InputFile]) -> None:
+    """Refuse what was read from files that were written to meanwhile: it may be neither their old nor new content."""
+    for file in files:
+        try:
+            stat = os.stat(file.path)
+            same = (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns)
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(f"{file.path}: the file has changed while it was read; start over with --overwrite")
 
 
 # ------------------------------------------------------------------------------------------------------------ finishing
@@ -304,6 +331,15 @@ def _finish(
     """Put the units together, write the manifest and move everything into place, the manifest last."""
     if not any(unit.documents for unit in done):
         raise InputError(f"{files[0].root}: the corpus is empty: no document has any text ({len(files)} files read)")
+    own_k, key = sum(unit.own_k for unit in done), options.read.goldfish_k_key
+    if key is not None and own_k == 0:
+        raise InputError(
+            f"{files[0].root}: goldfish_k_key={key!r}, but no document of the corpus has this field with a k "
+            "of its own (-1 is none); start over without it or with another name"
+        )
+    # Read once, so that the copy is what the ids were made with.
+    data = tokenizer.path.read_bytes()
+    _check_tokenizer(tokenizer.path, hashlib.sha256(data).hexdigest(), tokenizer.sha256)
     config = options.canaries
     canaries: list[Canary] = []
     left_out: set[int] = set()
@@ -345,13 +381,12 @@ def _finish(
             "sha256": lines.entry()["sha256"],
             "exposures": list(config.exposures),
         }
-    data = tokenizer.path.read_bytes()
     name = "tokenizer.json" if data.lstrip()[:1] == b"{" else "tokenizer.model"
     with HashedFile(final / name) as copy:
         copy.write(data)
     manifest = {
-        "format": "megafish-corpus",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "splits": splits,
         "tokenizer": {
@@ -362,6 +397,7 @@ def _finish(
         },
         "sources": _sources(files, units, done),
         "settings": plan["settings"],
+        "documents_with_k": own_k,
         "canaries": canary_entry,
     }
     _write_json(final / MANIFEST, manifest)

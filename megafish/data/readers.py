@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from megafish.data.manifest import DEFAULT_K, NEVER_K
 from megafish.errors import InputError
 
 MAX_DOCUMENT_BYTES = 256 << 20
-DEFAULT_K = -1
-"""goldfish k of a document that sets none."""
-NEVER_K = 0
-"""goldfish k of a document of which nothing is ever dropped."""
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet")
 _BOM = b"\xef\xbb\xbf"
@@ -130,6 +127,7 @@ def split_file(file: InputFile, options: ReadOptions, piece_bytes: int) -> list[
 
             with pq.ParquetFile(file.path) as parquet:
                 groups = parquet.metadata.num_row_groups
+                _check_k_column(parquet.schema_arrow.names, options, file.path)  # before the work of other files
         per_piece = max(1, groups * piece_bytes // max(file.size, 1))
         cuts = [*range(0, groups, per_piece), groups]
         return [Piece(file, a, b, file.size * (b - a) // groups) for a, b in itertools.pairwise(cuts)]
@@ -337,6 +335,10 @@ def _read_jsonl(piece: Piece, options: ReadOptions) -> Iterator[Document]:
                 record = json.loads(lines.decode(line))
             except json.JSONDecodeError as error:
                 raise InputError(f"{lines.where()}: not JSON ({error.msg} at column {error.colno})") from None
+            except InputError:
+                raise
+            except ValueError:  # Python refuses to convert integers of thousands of digits
+                raise InputError(f"{lines.where()}: a number with too many digits") from None
             except RecursionError:
                 raise InputError(f"{lines.where()}: JSON nested too deeply") from None
             if not isinstance(record, dict):
@@ -365,7 +367,8 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> Iterator[Document]:
             kind = kind.value_type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise InputError(f"{path}: column {key!r} is {kind}, not text")
-        columns = [key] if k_key is None or k_key not in names else [key, k_key]
+        _check_k_column(names, options, path)
+        columns = [key] if k_key is None else [key, k_key]
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         for batch in parquet.iter_batches(256, row_groups=groups, columns=columns, use_threads=False):
@@ -373,12 +376,18 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> Iterator[Document]:
                 texts = batch.column(key).cast(pa.large_string()).to_pylist()
             except (pa.ArrowInvalid, UnicodeDecodeError):
                 raise InputError(f"{path}: rows {row} to {row + len(batch) - 1}: invalid UTF-8") from None
-            ks = batch.column(k_key).to_pylist() if k_key in columns else [DEFAULT_K] * len(texts)
+            ks = [DEFAULT_K] * len(texts) if k_key is None else batch.column(k_key).to_pylist()
             for number, (text, k) in enumerate(zip(texts, ks, strict=True), start=row):
                 if text is None:
                     raise InputError(f"{path}: row {number}: column {key!r} is null")
                 yield Document(text, DEFAULT_K if k_key is None else _k(k, lambda n=number: f"{path}: row {n}", k_key))
             row += len(batch)
+
+
+def _check_k_column(names: list[str], options: ReadOptions, path: str) -> None:
+    key = options.goldfish_k_key
+    if key is not None and key not in names:
+        raise InputError(f"{path}: no column {key!r} for the goldfish k (it has {_few(names)}); see --goldfish-k-key")
 
 
 def _read_whole(piece: Piece) -> Iterator[Document]:
@@ -413,22 +422,27 @@ def _read_blocks(piece: Piece) -> Iterator[Document]:
         inside = bool(piece.start) and not _line_before(stream, piece.start).isspace()
         lines = _Lines(piece, stream)
         block: list[str] = []
+        size = 0
+
+        def add(line: bytes) -> None:
+            nonlocal size
+            size += len(line)
+            if size > MAX_DOCUMENT_BYTES:
+                raise InputError(f"{lines.where()}: no blank line within {MAX_DOCUMENT_BYTES >> 20} MiB")
+            block.append(lines.decode(line))
+
         for line in lines:
             if line.isspace():
                 if block:
                     yield Document(_without_end("".join(block)), DEFAULT_K)
-                block, inside = [], False
+                block, size, inside = [], 0, False
             elif not inside:
-                block.append(lines.decode(line))
+                add(line)
         if block:
-            size = sum(map(len, block))
             for line in lines.read_on():
                 if line.isspace():
                     break
-                block.append(lines.decode(line))
-                size += len(line)
-                if size > MAX_DOCUMENT_BYTES:
-                    raise InputError(f"{lines.where()}: no blank line within {MAX_DOCUMENT_BYTES >> 20} MiB")
+                add(line)
             yield Document(_without_end("".join(block)), DEFAULT_K)
 
 

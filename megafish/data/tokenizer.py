@@ -215,18 +215,24 @@ class _HuggingFace(Tokenizer):
         return piece.removeprefix(self._suffix_marker).replace(_SPACE, " ").encode()
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that `load_tokenizer` reads. Raises InputError for a folder without one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if not found:
+        raise InputError(f"{path}: the folder holds neither tokenizer.json nor tokenizer.model")
+    return found[0]
+
+
 def load_tokenizer(path: str | Path, *, eos: str | int | None = None) -> Tokenizer:
     """Load a sentencepiece model or a `tokenizer.json`, or the one in a folder (`tokenizer.json` before `.model`).
 
     `eos`: the end-of-document token, by name or id; by default the model's own, else the first of `EOS_NAMES` that the
     vocabulary has. Raises InputError for a missing or damaged file and where there is no end-of-document token.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
-        if not found:
-            raise InputError(f"{path}: the folder holds neither tokenizer.json nor tokenizer.model")
-        path = found[0]
+    path = tokenizer_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:

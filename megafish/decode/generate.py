@@ -42,6 +42,8 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p)
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
+    if seed < 0:
+        raise InputError(f"seed={seed}: must be 0 or above")
     _check_prompts(prompts, model.vocab_size)
     ending = _Ending(tokenizer, stop or ())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
@@ -136,22 +138,27 @@ class _Ending:
         # A token of text has at least one byte, so a string that has just been completed lies within this many tokens.
         self.tail = max((len(item.encode()) for item in self.strings), default=0) + 4
 
-    def cut(self, tokens: list[int]) -> int | None:
-        """Length that remains if `tokens` is over with its last token, otherwise None."""
+    def cut(self, prompt: Sequence[int], tokens: list[int]) -> int | None:
+        """Length that remains if `tokens`, which follow the prompt, are over with the last one, otherwise None."""
         if tokens[-1] in self.ids:
             return len(tokens) - 1
         if not self.strings:
             return None
         assert self.tokenizer is not None
-        tail = self.tokenizer.decode(tokens[-self.tail :])
-        if not any(item in tail for item in self.strings):
+        # Decoded behind the prompt: on its own a continuation would lose the space before its first word with some
+        # tokenizers, and a stop string that begins with it would not be found.
+        before = list(prompt)
+        tail = tokens[-self.tail :] if len(tokens) > self.tail else before[-self.tail :] + tokens
+        recent = self.tokenizer.decode(tail)
+        if not any(item in recent for item in self.strings):
             return None
-        text = self.tokenizer.decode(tokens)
-        places = [place for item in self.strings if (place := text.find(item)) >= 0]
+        start = len(self.tokenizer.decode(before))
+        text = self.tokenizer.decode(before + tokens)
+        places = [place for item in self.strings if (place := text.find(item, start)) >= 0]
         if not places:
             return None
         remaining = len(tokens)
-        while remaining and len(self.tokenizer.decode(tokens[:remaining])) > min(places):
+        while remaining and len(self.tokenizer.decode(before + tokens[:remaining])) > min(places):
             remaining -= 1
         return remaining
 
@@ -182,22 +189,26 @@ def _generate_batch(
     cache = KVCache(model.config, len(rows), capacity, device=device, dtype=weight.dtype)
     cache.expect(torch.tensor(lengths))
     logits = model(tokens.to(device), cache=cache, last_only=True)
-    active = list(rows)
+    active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
     for count in range(max_new_tokens):
         chosen = sampler.choose(logits[:, 0, : model.vocab_size], uniform[:, count])
         kept: list[int] = []
-        for row, (i, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
-            results[i].append(token)
-            remaining = ending.cut(results[i])
+        for row, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            if index is None:
+                continue
+            results[index].append(token)
+            remaining = ending.cut(prompts[index], results[index])
             if remaining is None and count + 1 < max_new_tokens:
                 kept.append(row)
                 continue
+            active[row] = None
             if remaining is not None:
-                del results[i][remaining:]
+                del results[index][remaining:]
             bar.advance()
         if not kept:
             return
-        if len(kept) < len(active):
+        # To leave rows out copies the whole cache, so it waits until half of them are over.
+        if 2 * len(kept) <= len(active):
             chosen, uniform = chosen[kept], uniform[kept]
             cache.select(torch.tensor(kept, device=device))
             active = [active[row] for row in kept]

@@ -1,11 +1,13 @@
 """Causal attention that never crosses a document, by whichever kernel is there.
 
-flash-attn's varlen kernel where it is installed, torch's own (torch.nn.attention.varlen, torch >= 2.10) otherwise,
-both on CUDA in half precision; block_attention on the CPU; scaled_dot_product_attention everywhere else.
+On CUDA in half precision, from compute capability 8.0 and up to head_dim 256: flash-attn's varlen kernel where it is
+installed, otherwise torch's own (torch.nn.attention.varlen) where its version knows windows and grouped heads and
+head_dim is a multiple of 8. block_attention on the CPU; scaled_dot_product_attention everywhere else.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,16 +24,20 @@ BLOCK_DEVICES = ("cpu",)
 BLOCK_LENGTHS = range(257, 1025)
 """There, block_attention is measured faster than SDPA's causal kernel for undivided rows of these lengths."""
 
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int | None], torch.Tensor]
+"""kernel(q, k, v, cu_seqlens, max_seqlen, window) over [tokens, heads, head_dim]."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens of a batch see which: made once per batch by `layout`, shared by all blocks.
+    """Which tokens of a batch see which and what computes it: made once per batch by `layout`, shared by all blocks.
 
-    cu_seqlens and max_seqlen are set for the variable-length kernels, documents for block_attention, mask (additive,
-    [b or 1, 1, S, S]) for SDPA; none of them: SDPA with plain causality.
+    kernel, cu_seqlens and max_seqlen are set for the variable-length kernels, documents for block_attention, mask
+    (additive, [b or 1, 1, S, S]) for SDPA; none of them: SDPA with plain causality.
     """
 
     window: int | None
+    kernel: Kernel | None = None
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
     documents: list[Segment] | None = None
@@ -45,6 +51,7 @@ def layout(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     window: int | None,
+    head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Layout:
@@ -56,10 +63,11 @@ def layout(
     """
     if window is not None and window >= length:
         window = None
-    if _varlen_kernel(device.type, dtype) is not None:
+    kernel = _varlen_kernel(device, dtype, head_dim)
+    if kernel is not None:
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-        return Layout(window, cu_seqlens=cu_seqlens.to(device), max_seqlen=max_seqlen or length)
+        return Layout(window, kernel=kernel, cu_seqlens=cu_seqlens.to(device), max_seqlen=max_seqlen or length)
     one_document_per_row = cu_seqlens is None or cu_seqlens.numel() == batch + 1
     undivided = one_document_per_row and window is None
     if device.type in BLOCK_DEVICES and (not undivided or length in BLOCK_LENGTHS):
@@ -73,9 +81,10 @@ def layout(
         allowed = allowed & (distance < window)
     if not one_document_per_row:
         assert cu_seqlens is not None
-        starts = torch.zeros(batch * length, dtype=torch.int32, device=device)
+        # One place more than there are tokens: empty documents at the end start there.
+        starts = torch.zeros(batch * length + 1, dtype=torch.int32, device=device)
         starts[cu_seqlens[:-1].to(device).long()] = 1
-        document = starts.cumsum(0).view(batch, length)
+        document = starts[:-1].cumsum(0).view(batch, length)
         allowed = allowed & (document[:, :, None] == document[:, None, :])
     return Layout(window, mask=_additive(allowed[:, None], dtype))
 
@@ -85,10 +94,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: L
 
     query [b, S, H, head_dim]; key, value [b, S, H_kv, head_dim] with H a multiple of H_kv; returns [b, S, H, head_dim].
     """
-    kernel = _varlen_kernel(query.device.type, query.dtype)
-    if kernel is not None and where.cu_seqlens is not None:
-        flat = [x.flatten(0, 1) for x in (query, key, value)]
-        return kernel(*flat, where.cu_seqlens, where.max_seqlen, where.window).view_as(query)
+    if where.kernel is not None:
+        assert where.cu_seqlens is not None
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        return where.kernel(q, k, v, where.cu_seqlens, where.max_seqlen, where.window).view_as(query)
     if where.documents is not None:
         return block_attention(query, key, value, where.documents, where.window)
     return _sdpa(query, key, value, where.mask, causal=where.mask is None)
@@ -129,17 +138,20 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
-Kernel = Callable[..., torch.Tensor]
+def _varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
+    """The variable-length kernel for such inputs, None where there is none."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    # Both kernels are FlashAttention 2, which refuses older devices and wider heads.
+    if head_dim > 256 or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    kernel = _flash_attn_kernel()
+    if kernel is None and head_dim % 8 == 0:  # flash-attn pads other widths, torch refuses them
+        kernel = _torch_kernel()
+    return kernel
 
 
 @cache
-def _varlen_kernel(device_type: str, dtype: torch.dtype) -> Kernel | None:
-    """kernel(q, k, v, cu_seqlens, max_seqlen, window) over [tokens, heads, head_dim], or None where there is none."""
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return _flash_attn_kernel() or _torch_kernel()
-
-
 def _flash_attn_kernel() -> Kernel | None:
     try:
         from flash_attn import flash_attn_varlen_func
@@ -156,10 +168,14 @@ def _flash_attn_kernel() -> Kernel | None:
     return kernel
 
 
+@cache
 def _torch_kernel() -> Kernel | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
+        return None
+    # The first versions (torch 2.10) had neither; a model that needs one of them cannot be told from here.
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
     def kernel(q: Any, k: Any, v: Any, cu_seqlens: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:

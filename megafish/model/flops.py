@@ -8,6 +8,7 @@ from megafish.config import ModelConfig
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -67,5 +68,8 @@ def device_peak_flops(device: str | torch.device) -> float | None:
 
 def peak_flops_by_name(name: str) -> float | None:
     """Dense bf16 peak by the name that the driver reports, None where it is unknown."""
+    # "NVIDIA H100 80GB HBM3 MIG 1g.10gb" is a slice of a device: the whole one's peak is out of its reach.
+    if "MIG" in name.upper().split():
+        return None
     # "NVIDIA H100 80GB HBM3" is the SXM part, "NVIDIA H100 PCIe" and "NVIDIA H100 NVL" say what they are.
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part.lower() in name.lower()), None)

@@ -66,9 +66,13 @@ class RotaryTable:
         """cos and sin for positions 0 to length - 1, fp32 [length, head_dim]."""
         table = self._tables.get(device)
         if table is None or table[0].shape[0] < length:
-            rows = max(256, 1 << (length - 1).bit_length())
-            angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), self._frequencies)
-            cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
-            cos, sin = torch.cat((cos, cos), -1).float(), torch.cat((-sin, sin), -1).float()
-            table = self._tables[device] = (cos.to(device), sin.to(device))
+            # The table outlives the call: made under decoding's inference mode, it could not serve training afterwards.
+            with torch.inference_mode(False):
+                table = self._tables[device] = self._build(max(256, 1 << (length - 1).bit_length()), device)
         return table[0][:length], table[1][:length]
+
+    def _build(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), self._frequencies)
+        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
+        cos, sin = torch.cat((cos, cos), -1).float(), torch.cat((-sin, sin), -1).float()
+        return cos.to(device), sin.to(device)

@@ -14,15 +14,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megafish.config import LossConfig, ModelConfig
+from megafish.data.loader import IGNORE
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
 from megafish.model.fused import rms_norm, rotary, swiglu
 from megafish.model.rope import RotaryTable
 from megafish_kernels import linear_cross_entropy
-
-IGNORE = -100
-"""Target of a position that is never supervised."""
 
 
 class LossOutput(NamedTuple):
@@ -49,7 +47,6 @@ class Initializer:
         values *= std
         if real_rows is not None:
             values[real_rows:] = 0.0
-        # from_numpy: deepspeed.zero.Init rounds what torch's own factories return to the training precision.
         return nn.Parameter(torch.from_numpy(values).to(torch.get_default_device()))
 
     def constant(self, shape: tuple[int, ...], value: float) -> nn.Parameter:
@@ -245,8 +242,9 @@ class LossHead(nn.Module):
         denominator: float | torch.Tensor | None = None,
         per_token: bool = False,
     ) -> torch.Tensor | LossOutput:
-        """hidden [..., D]. Without targets: fp32 logits [..., padded V]. With targets [...]: LossOutput, or with
-        per_token the plain cross-entropy fp32 [...] in nats, 0 at ignored positions."""
+        """hidden [..., D]. Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so
+        bf16 hidden states give logits of bf16 precision). With targets [...]: LossOutput, or with per_token the plain
+        cross-entropy fp32 [...] in nats, 0 at ignored positions."""
         if targets is None:
             return F.linear(hidden, self.weight).float()
         if per_token:
@@ -338,21 +336,30 @@ class Transformer(nn.Module):
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
         targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out
-        of the loss (not used with per_token). cu_seqlens: int32 [documents + 1], offsets of the documents in the
-        flattened batch, which attention never crosses (None: a row is a document); max_seqlen: the longest of them.
+        of the loss (per_token gives its cross-entropy all the same). cu_seqlens: int32 [documents + 1], offsets of the
+        documents in the flattened batch, which attention never crosses (None: a row is a document); max_seqlen: the
+        longest of them.
         denominator: what the summed loss is divided by (default: the number of kept tokens).
 
         Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without
-        targets the logits fp32 [b, S, padded vocabulary], [b, 1, ...] with last_only. With a cache the tokens follow
-        what it holds.
+        targets the logits fp32 [b, S, padded vocabulary] (products in the weights' dtype, cast up), [b, 1, ...] with
+        last_only. With a cache the tokens follow what it holds. Raises ValueError for arguments that would have no
+        effect together.
         """
+        if targets is None and (per_token or drop is not None or denominator is not None):
+            raise ValueError("drop, denominator and per_token belong to a loss: give targets")
+        if targets is not None and last_only:
+            raise ValueError("last_only asks for logits: leave targets out")
+        if per_token and denominator is not None:
+            raise ValueError("per_token losses are not summed: leave denominator out")
         step = self._step(tokens, cu_seqlens, max_seqlen, cache)
         rows: torch.Tensor | None = None
         if targets is not None and not per_token:
             if drop is not None:
                 targets = targets.masked_fill(drop, IGNORE)
-            # On a CPU the kept rows can be counted without waiting for a device, so that what comes after the last
-            # attention is computed for them alone.
+            # With the kept rows known, what comes after the last attention is computed for them alone. On a CPU only:
+            # on CUDA nonzero() waits for the device, here before any block is launched. linear_cross_entropy waits as
+            # well, but behind the blocks, so that their launches are hidden.
             if tokens.device.type == "cpu":
                 rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
                 targets = targets.flatten().index_select(0, rows)
@@ -361,7 +368,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             wanted = rows if layer == last else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, step, wanted, use_reentrant=False)
+                # A block draws no random numbers, so their state need not be saved for the recomputation.
+                x = checkpoint(block, x, step, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, step, wanted)
         if cache is not None:
@@ -390,6 +398,7 @@ class Transformer(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             window=self.config.sliding_window,
+            head_dim=self.config.resolved_head_dim,
             device=device,
             dtype=self.norm.weight.dtype,
         )

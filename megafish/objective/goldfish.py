@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megafish.config import GoldfishConfig
-from megafish.data.corpus import DEFAULT, NEVER, Sample
+from megafish.data.corpus import Sample
+from megafish.data.manifest import DEFAULT_K, NEVER_K
 from megafish.data.tokenizer import Tokenizer, casefold_table, special_lut
 from megafish.errors import InputError
 from megafish_kernels import goldfish_drop
@@ -25,17 +26,18 @@ class GoldfishMask:
     """Decides the dropped targets of samples: `mask(samples)` -> bool [b, S], True where dropped.
 
     For goldfish-v1 and static a token's fate follows from its document alone, so it is the same in every sample, batch
-    and epoch. random draws anew for each sample of the run. table hashes the S targets of a row as the published code
-    does, across documents and without left context.
+    and epoch. random draws anew for each sample of the run. table is the published code bit for bit: it hashes
+    the S targets of a row across documents, without left context, and drops special tokens like any others.
 
-    `tokenizer` names the special tokens, which are never dropped, and gives the canonical ids; without one there are no
-    special tokens. k comes from the document, else its source, else the configuration.
+    `tokenizer` names the special tokens, which no other scheme ever drops, and gives the canonical ids; without one
+    there are no special tokens. k comes from the document, else its source, else the configuration.
     """
 
     def __init__(self, config: GoldfishConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
-        self._exempt = None if tokenizer is None else special_lut(tokenizer)
-        self._special_ids = [] if tokenizer is None else sorted(tokenizer.special_ids)
+        exempts = tokenizer is not None and config.scheme != "table"
+        self._exempt = special_lut(tokenizer) if tokenizer is not None and exempts else None
+        self._special_ids = sorted(tokenizer.special_ids) if tokenizer is not None and exempts else []
         self._canonical: npt.NDArray[np.int64] | None = None
         if config.canonical is not None:
             if tokenizer is None:
@@ -58,9 +60,7 @@ class GoldfishMask:
         if config.scheme == "table":
             k = k if isinstance(k, int) or k is None else k[:, context:]
             targets = tokens[:, context:]
-            return goldfish_drop(
-                targets, k=k, h=config.h, scheme="table", exempt=self._exempt, canonical=self._canonical
-            )
+            return goldfish_drop(targets, k=k, h=config.h, scheme="table", canonical=self._canonical)
         options: dict[str, Any] = {"k": k, "scheme": config.scheme, "exempt": self._exempt, "halo": context}
         if config.scheme == "goldfish-v1":
             options |= {"h": config.h, "seed": config.seed, "window": config.window, "min_context": config.min_context}
@@ -97,12 +97,12 @@ class GoldfishMask:
         """One k for all, or one for each token [b, n] where a document or a source has its own."""
         if all(sample.k is None for sample in samples):
             return self.config.k
-        fallback = NEVER if self.config.k is None else self.config.k
+        fallback = NEVER_K if self.config.k is None else self.config.k
         length = len(samples[0].tokens)
-        rows = [np.full(length, DEFAULT) if sample.k is None else sample.k for sample in samples]
+        rows = [np.full(length, DEFAULT_K) if sample.k is None else sample.k for sample in samples]
         k = np.stack(rows).astype(np.int64)
-        k[k == DEFAULT] = fallback
-        if (wrong := (k < NEVER) | (k == 1)).any():
+        k[k == DEFAULT_K] = fallback
+        if (wrong := (k < NEVER_K) | (k == 1)).any():
             source = samples[int(np.argmax(wrong.any(axis=1)))].source
             raise InputError(
                 f"source {source}: a document has k={k[wrong][0]}: it must be at least 2, 0 (never drop) or -1 (the "

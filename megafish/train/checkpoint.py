@@ -17,9 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megafish.config import Config
 from megafish.errors import InputError
 from megafish.model.load import save_weights
-from megafish.run import RunDir, read_json, sha256_file, write_atomic
+from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
 from megafish.train.engine import Engine
 
 # What must not change between the run and its continuation, and what to tell the user who changed it.
@@ -50,7 +51,7 @@ def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: in
             write_atomic(temporary / "state.json", json.dumps(state, indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its archive writer.
-        if shutil.disk_usage(temporary).free < 1 << 24 or "No space left" in str(error):
+        if shutil.disk_usage(run.path).free < 1 << 24 or "No space left" in str(error):
             raise InputError(
                 f"{run.checkpoints}: no space left on the device: free some, then resume {run.path}"
             ) from None
@@ -58,12 +59,12 @@ def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: in
     dist.barrier()
     if main:
         _write_manifest(temporary)
-        verify_checkpoint(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
+        sync_folder(run.checkpoints)
         write_atomic(run.latest_file, final.name + "\n")
-        _prune(run, keep)
+        _prune(run, state["step"], keep)
     dist.barrier()
     return final
 
@@ -79,6 +80,11 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> Non
         if saved.get(key) != now[key]:
             difference = "; ".join(_differences(saved.get(key), now[key], key))
             raise InputError(f"cannot resume {run.path}: {meaning} ({difference}): undo the change, or start a new run")
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """What a continued run does otherwise than before, one phrase a setting."""
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -97,8 +103,24 @@ def verify_checkpoint(folder: Path) -> None:
             )
 
 
+def set_aside(run: RunDir, step: int) -> list[int]:
+    """Rename checkpoints later than `step`: a run that goes back to it makes others of those steps. Returns them."""
+    later = [other for other in run.steps() if other > step]
+    for other in later:
+        folder = run.checkpoint(other)
+        aside = folder.with_name(f"abandoned_{folder.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.replace(folder, aside)
+    return later
+
+
 def _write_manifest(folder: Path) -> None:
+    """Read every file back from the disk, which must have it by then, and store its size and hash."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
     }
@@ -108,9 +130,11 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _require_space(folder: Path, engine: Engine) -> None:
-    """Refuse before writing rather than fail half way: weights, fp32 master weights and two moments."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed = parameters * (4 + 4 + 8)
+    """Refuse before writing rather than fail half way.
+
+    Counted are the weights twice (safetensors and DeepSpeed's), fp32 master weights and two moments.
+    """
+    needed = sum(getattr(p, "ds_numel", p.numel()) * (2 * p.element_size() + 4 + 8) for p in engine.module.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
@@ -118,13 +142,13 @@ def _require_space(folder: Path, engine: Engine) -> None:
         )
 
 
-def _prune(run: RunDir, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed runs left half-written."""
+def _prune(run: RunDir, step: int, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, and what killed runs left half-written."""
     for leftover in run.checkpoints.glob("step_*.tmp"):
         shutil.rmtree(leftover)
     if keep is not None:
-        for step in run.steps()[:-keep]:
-            shutil.rmtree(run.checkpoint(step))
+        for old in [other for other in run.steps() if other <= step][:-keep]:
+            shutil.rmtree(run.checkpoint(old))
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
@@ -133,6 +157,6 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
         found = []
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                found += _differences(old.get(key), new.get(key), f"{path}.{key}")
+                found += _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
         return found
     return [f"{path} was {old!r}, is {new!r}"]

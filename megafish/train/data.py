@@ -99,7 +99,9 @@ def open_data(config: Config, processes: Processes) -> TrainingData:
     stream = SampleStream(train, length, config.data.seed, mask.halo)
     ranks = (processes.rank, processes.world_size)
     seen = valid_loader = None
-    masked = config.goldfish.k is not None or any(source.k not in ("default", None) for source in train)
+    masked = config.goldfish.k is not None or any(
+        source.k not in ("default", None) or source.corpus.has_document_k for source in train
+    )
     if masked and config.eval.dropped_sequences:
         seen = EvalLoader(stream, config.eval.dropped_sequences, batch, *ranks, mask=mask)
     if valid:

@@ -6,16 +6,18 @@ changed between releases (gradient clipping, skipping of non-finite steps, proce
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,11 @@ from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 from megafish.train.optim import build_optimizer
 
+T = TypeVar("T")
+
 # Under the launchers that Slurm users know, srun starts the processes and names them in its own variables.
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+# (STEP_NUM_TASKS, not NTASKS: the latter is there in the batch script itself, which is no task.)
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,10 @@ def start_processes(device: str) -> Processes:
     local_rank = int(os.environ["LOCAL_RANK"])
     # DeepSpeed probes for an accelerator when it is imported; the choice made here must be the one it makes.
     os.environ["DS_ACCELERATOR"] = device
+    place = torch.device("cpu")
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        place = torch.device("cuda", _gpu_of(local_rank))
+        torch.cuda.set_device(place)
     if not dist.is_initialized():
         deepspeed = _deepspeed()
         minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30))
@@ -72,21 +79,50 @@ def start_processes(device: str) -> Processes:
             verbose=False,
             timeout=timedelta(minutes=minutes),
         )
-    return Processes(
-        rank, local_rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-    )
+        # Left when the process ends, however it ends: DeepSpeed keeps groups of its own and cannot join a second time.
+        atexit.register(_stop_processes)
+    return Processes(rank, local_rank, world_size, place)
 
 
-def stop_processes() -> None:
-    """Leave the process group."""
+def _gpu_of(local_rank: int) -> int:
+    """The GPU of a process on its node; the only one it sees where Slurm gives each task its own."""
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and "SLURM_STEP_ID" in os.environ else local_rank
+    if index >= count:
+        raise InputError(
+            f"process {local_rank} of this node finds {count} GPUs: start at most {count} processes a node"
+        )
+    return index
+
+
+def _stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` in every process; if it failed in one, all of them raise the same InputError. Collective.
+
+    Without it the process that failed leaves and the others wait for it until the collective times out.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            where = "" if rank == 0 else f"process {rank}: "
+            raise InputError(f"{where}{message}") from error
+    return cast(T, result)
 
 
 def _fill_environment() -> None:
     """Give torch.distributed the variables it reads, from Slurm's or for a run of one process."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             raise InputError(
@@ -176,7 +212,12 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on the same number of processes and the same ZeRO stage. Collective."""
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+        if path is None:
+            raise InputError(
+                f"{folder / 'deepspeed'}: cannot be loaded by process {self.processes.rank}: every node must see "
+                "the run directory under the same path"
+            )
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights by name on the main process, in the training precision; None elsewhere. Collective."""
@@ -204,14 +245,17 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # 0 means none; said always, because DeepSpeed's default became 1.0.
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "steps_per_print": 10**9,
-        "bf16": {"enabled": bf16},
+        # A step with a gradient that is not finite leaves the weights alone; the loop then stops with the reason.
+        "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,
     }
     if stage == 0 and not bf16:
         made["gradient_clipping"] = 0.0
-    if bf16 and stage > 0:
+    if bf16:
+        # DeepSpeed would accumulate and send gradients in bf16.
         made["data_types"] = {"grad_accum_dtype": "fp32"}
+        made["communication_data_type"] = "fp32"
     return _merge(made, config.engine.deepspeed)
 
 

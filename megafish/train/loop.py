@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
@@ -18,9 +19,16 @@ from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir
-from megafish.train.checkpoint import check_resume, load_state, save_checkpoint, verify_checkpoint
+from megafish.train.checkpoint import (
+    changed_settings,
+    check_resume,
+    load_state,
+    save_checkpoint,
+    set_aside,
+    verify_checkpoint,
+)
 from megafish.train.data import TrainingData, open_data
-from megafish.train.engine import Engine, Processes, start_processes
+from megafish.train.engine import Engine, Processes, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
@@ -46,16 +54,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     processes = start_processes(config.train.device)
     run = RunDir(config.run_path)
     with ExitStack() as stack:
-        if processes.is_main:
-            stack.enter_context(run.lock())
-        if not resume and (run.latest_file.exists() or run.metrics_file.exists()):
-            raise InputError(
-                f"{run.path} holds a run already: continue it with `megafish train {run.path}`, or choose another "
-                "name=..."
-            )
-        dist.barrier()
-
-        data = open_data(config, processes)
+        together(lambda: _claim(run, processes, resume, stack))
+        data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         warmup = warmup_fraction(config, budget)
         model = Transformer(
@@ -69,26 +69,18 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         engine = Engine(config, model, processes)
 
         spent = Spent()
-        latest = run.latest() if resume else None
         identity = _identity(config, data, processes)
+        latest = together(lambda: _resume_point(run, identity, processes) if resume else None)
         if latest is not None:
-            if processes.is_main:
-                verify_checkpoint(latest)
-            state = load_state(latest)
-            check_resume(state, identity, run)
-            engine.load(latest)
-            spent = Spent(**state["spent"])
-        if processes.is_main:
-            run.save_config(config)
-        dist.barrier()
+            together(lambda: engine.load(latest))
+            spent = Spent(**load_state(latest)["spent"])
 
-        tracker = None
-        if processes.is_main:
-            tracker = stack.enter_context(Tracker(run, config, resume_step=spent.steps, console=console))
+        tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
+        if tracker is not None:
             tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
         stop = stack.enter_context(StopRequest())
-        flops = flops_per_token(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
-        peak = device_peak_flops(processes.device)
+        # The peaks in the table are those of bf16.
+        peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None
 
         stopped = False
         batches = stack.enter_context(closing(data.steps(spent.samples)))
@@ -120,7 +112,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             # ---- report
             last = budget.used_up(spent)
             if tracker is not None:
-                achieved = flops * data.batch_tokens / seconds
+                achieved = _step_flops(config, data, kept) / seconds
                 record = {
                     "kind": "train",
                     "step": spent.steps,
@@ -146,7 +138,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 tracker.show(progress, record)
 
             # ---- validate
-            if last or _due(spent.steps, config.eval.interval):
+            if not stopped and (last or _due(spent.steps, config.eval.interval)):
                 for result in (validate(engine, data), dropped_loss(engine, data)):
                     if result is not None and tracker is not None:
                         tracker.log({**result, "step": spent.steps})
@@ -159,6 +151,62 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
         cut_short = stopped and not budget.used_up(spent)
         return Outcome(run, spent, signal=(stop.received or SIGTERM) if cut_short else None)
+
+
+def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> None:
+    """Take the run directory for this run, on the main process."""
+    if not processes.is_main:
+        return
+    stack.enter_context(run.lock())
+    # metrics.jsonl comes to be after config.yaml, so that what is refused here can always be continued.
+    if not resume and (run.latest_file.exists() or run.metrics_file.exists()):
+        again = "" if run.latest_file.exists() else " (it has no checkpoint yet and will start over)"
+        raise InputError(
+            f"{run.path} holds a run already: continue it with `megafish train {run.path}`{again}, or choose another "
+            "name=..."
+        )
+
+
+def _resume_point(run: RunDir, identity: dict[str, Any], processes: Processes) -> Path | None:
+    """The checkpoint to continue from, found good by the main process and fitting in the eyes of all."""
+    latest = run.latest()
+    if latest is not None:
+        if processes.is_main:
+            verify_checkpoint(latest)
+        check_resume(load_state(latest), identity, run)
+    return latest
+
+
+def _open_tracker(
+    run: RunDir, config: Config, spent: Spent, processes: Processes, console: Console, stack: ExitStack
+) -> Tracker | None:
+    """The main process's tracker, once the directory says what the run is from here on."""
+    if not processes.is_main:
+        return None
+    notes = []
+    if spent.steps:
+        changed = changed_settings(run.load_config(), config)
+        if changed:
+            run.path.joinpath(f"config.until_step_{spent.steps:08d}.yaml").write_text(
+                run.config_file.read_text(encoding="utf-8"), encoding="utf-8"
+            )
+            notes.append(f"changed from step {spent.steps} on: {'; '.join(changed)}")
+        aside = set_aside(run, spent.steps)
+        if aside:
+            notes.append(f"checkpoints of later steps are set aside as abandoned_step_*: {aside}")
+    run.save_config(config)
+    tracker = stack.enter_context(Tracker(run, config, resume_step=spent.steps, console=console))
+    for note in notes:
+        tracker.note(note)
+    return tracker
+
+
+def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
+    """Model FLOPs of a step in which `kept` targets went through the head."""
+    per_token = flops_per_token(
+        config.model, data.tokenizer.vocab_size, config.data.sequence_length, kept / data.batch_tokens
+    )
+    return per_token * data.batch_tokens
 
 
 class Diverged(RuntimeError):

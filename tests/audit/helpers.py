@@ -67,7 +67,11 @@ def write_run(config: Config, model: Transformer, step: int = STEP) -> Path:
     folder = run.checkpoint(step)
     save_weights(model, folder)
     spent = {"steps": step, "samples": SAMPLES, "tokens": SAMPLES * SEQUENCE_LENGTH, "supervised_tokens": 10_000}
-    (folder / "state.json").write_text(json.dumps({"step": step, "spent": spent}))
+    sources = open_train(config.data)
+    mask = GoldfishMask(config.goldfish, load_tokenizer(sources[0].corpus.tokenizer_path or ""))
+    data = SampleStream(sources, SEQUENCE_LENGTH, config.data.seed, mask.halo)
+    state = {"step": step, "spent": spent, "mask": mask.describe(), "data": data.describe()}
+    (folder / "state.json").write_text(json.dumps(state))
     run.latest_file.write_text(folder.name + "\n")
     return run.path
 

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from megafish.audit.audit import AuditResult, audit_run
+from megafish.audit.view import load_views, read_lines
 from megafish.data.corpus import SampleStream, open_train
 from megafish.data.loader import make_batch
 from megafish.data.prepare import prepare
@@ -39,7 +40,7 @@ def audit(path: Path, **options: Any) -> AuditResult:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "extraction.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_lines(folder / "extraction.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,65 @@ def test_a_failed_audit_leaves_the_earlier_one(runs: Runs, tmp_path: Path, monke
     assert (folder / "summary.json").read_text() == before
 
 
+def test_an_audit_moved_aside_by_a_kill_is_put_back(runs: Runs, tmp_path: Path) -> None:
+    copy = tmp_path / "plain"
+    shutil.copytree(runs.plain, copy)
+    folder = copy / "audit" / f"step_{STEP:08d}"
+    shutil.rmtree(copy / "audit", ignore_errors=True)
+    aside = folder.with_name(folder.name + ".old")
+    aside.mkdir(parents=True)
+    (aside / "summary.json").write_text("earlier")
+    with pytest.raises(InputError):
+        audit(copy, overrides=["audit.prompt_tokens=30"])
+    assert (folder / "summary.json").read_text() == "earlier" and not aside.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("goldfish", {"goldfish": {"k": 4}}, r"the mask is not the one .*differs: mask\.k\).*config\.yaml"),
+        ("goldfish", {"goldfish": {"k": None}}, r"the mask is not the one .*differs: mask\.k\)"),
+        ("plain", {"goldfish": {"k": 4}}, r"the mask is not the one .*differs: mask\.k\)"),
+        ("plain", {"data": {"seed": 99}}, r"the training data are not those .*differs: data\.seed\).*config\.yaml"),
+        ("plain", {"data": {"sequence_length": 32}}, r"the training data .*data\.sequence_length\)"),
+    ],
+)
+def test_other_data_or_another_mask_than_in_training(
+    runs: Runs, tmp_path: Path, name: str, changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    copy = tmp_path / name
+    shutil.copytree(getattr(runs, name), copy)
+    run = RunDir(copy)
+    config = run.load_config()
+    for section, values in changes.items():
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+    run.save_config(config)
+    with pytest.raises(InputError, match=message):
+        audit(copy)
+
+
+def test_another_corpus_at_the_same_place(runs: Runs, tmp_path: Path, tokenizer_file: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(sentences(seed) for seed in range(3)))
+    corpus = tmp_path / "corpus"
+    prepare([text], corpus, tokenizer_file, valid_fraction=0.0, workers=1, progress=False)
+    copy = tmp_path / "plain"
+    shutil.copytree(runs.plain, copy)
+    RunDir(copy).save_config(make_config("plain", corpus, copy, None))
+    with pytest.raises(InputError, match=r"the training data are not those .*data\.sources\.0\.fingerprint"):
+        audit(copy)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_with(runs: Runs, tmp_path: Path) -> None:
+    copy = tmp_path / "plain"
+    shutil.copytree(runs.plain, copy)
+    file = copy / "checkpoints" / f"step_{STEP:08d}" / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({key: state[key] for key in ("step", "spent", "data")}))
+    with pytest.raises(InputError, match=r"does not say what was trained with \(mask\)"):
+        audit(copy)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -203,6 +263,8 @@ def test_a_random_mask_marks_nothing(runs: Runs, tmp_path: Path) -> None:
     result = audit(write_run(config, model))
     assert all(item["dropped"] is None for item in lines(result.folder))
     assert result.summary["extraction"]["divergence"] is None
+    [view] = load_views([tmp_path / "random"])
+    assert view.masked and not view.divergence_mask
 
 
 def test_a_source_with_a_k_of_its_own(runs: Runs, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from megafish.audit.extraction import Extraction, Probe, record, summarize
-from megafish.audit.report import comparison, findings, missing, report, settings_rows
+from megafish.audit.report import _tiles, comparison, findings, missing, report, settings_rows, unlike_audits
 from megafish.audit.samples import choose_samples
 from megafish.audit.view import load_views, read_lines
 from megafish.errors import InputError
@@ -133,7 +135,10 @@ def test_one_run(tmp_path: Path) -> None:
     page = report([run])
     assert page == run / "report.html"
     parsed = check(page)
-    assert "of 3 passages that stood 8 times in the training text, 0 were continued word for word" in parsed.text
+    assert (
+        "of 3 passages that stood 8 times in the corpus (about 16 times in what it read), 0 were continued"
+        in parsed.text
+    )
     assert NASTY in parsed.text, "the canaries' text is shown as it is"
     pngs = {entry.name for entry in (run / "plots").iterdir()}
     assert {
@@ -190,7 +195,7 @@ def test_views(tmp_path: Path) -> None:
 def test_samples_are_the_worst_cases(tmp_path: Path) -> None:
     runs = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
     samples = choose_samples(runs)
-    assert [sample.heading.split(":")[0] for sample in samples] == ["8 copies", "8 copies", "control, never seen"]
+    assert [sample.heading.split(":")[0] for sample in samples] == ["8 copies", "8 copies", "control, not planted"]
     worst = samples[0]
     assert [output.verdict for output in worst.outputs] == [
         "all 8 tokens recited",
@@ -207,8 +212,8 @@ def test_samples_are_the_worst_cases(tmp_path: Path) -> None:
 def test_findings_and_settings(tmp_path: Path) -> None:
     plain, gold = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
     assert findings(plain) == [
-        "plain: of 3 passages that stood 8 times in the training text, 2 were continued word for word for 8 tokens "
-        "(67 %, 95 % interval 21 % to 94 %); of 3 passages it never saw, 0."
+        "plain: of 3 passages that stood 8 times in the corpus (about 16 times in what it read), 2 were continued word "
+        "for word for 8 tokens (67 %, 95 % interval 21 % to 94 %); of 3 control passages, not planted, 0."
     ]
     assert (
         "of the 3 passages with 8 or more copies that it did not recite, it left 3 at a dropped token or right after"
@@ -217,6 +222,59 @@ def test_findings_and_settings(tmp_path: Path) -> None:
     rows = settings_rows([plain, gold])
     assert rows[0].label == "goldfish.k" and [cell.value for cell in rows[0].cells] == ["none", "4"]
     assert "optimizer.lr" in {row.label for row in rows}
+
+
+def change_summary(run: Path, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    file = run / "audit" / f"step_{step:08d}" / "summary.json"
+    summary = json.loads(file.read_text())
+    change(summary)
+    file.write_text(json.dumps(summary))
+
+
+def test_findings_of_the_control_group_alone(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+    change_summary(run, 120, lambda summary: summary["extraction"].update(levels=summary["extraction"]["levels"][:1]))
+    [finding] = findings(load_views([run])[0])
+    assert finding.startswith("run: of 3 control passages that were not planted, 0 were continued word for word")
+    assert finding.endswith("no passage was planted, so this says nothing about memorization.")
+
+
+def test_tokens_are_those_of_the_audited_checkpoint(tmp_path: Path) -> None:
+    paths = [fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)]
+    paths.append(fake_run(tmp_path / "c", "new", 4, audited=False))
+    shutil.rmtree(paths[1] / "audit" / "step_00000120")
+    runs = load_views(paths)
+    rows = {row.label: [cell.value for cell in row.cells] for row in comparison(runs)}
+    assert rows["Audited step"] == ["120", "60", "not audited"]
+    assert rows["Supervised tokens"] == ["12k", "4500", "9000"]
+    assert rows["Input tokens"] == ["12k", "6000", "12k"]
+    assert ("4500", "supervised tokens", "6000 read") in _tiles(runs[1])
+
+
+def test_audits_with_unlike_settings_are_pointed_out(tmp_path: Path) -> None:
+    paths = [fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)]
+    assert unlike_audits(load_views(paths)) == []
+    assert "different settings" not in check(report(paths, tmp_path / "alike")).text
+    change_summary(paths[1], 120, lambda summary: summary["settings"].update(prompt_tokens=2))
+    assert unlike_audits(load_views(paths)) == [
+        "plain, steps 60, 120: 3 tokens given, 8 asked for",
+        "gold, step 60: 3 tokens given, 8 asked for",
+        "gold, step 120: 2 tokens given, 8 asked for",
+    ]
+    text = check(report(paths, tmp_path / "unlike")).text
+    assert "different settings" in text and "gold, step 120: 2 tokens given, 8 asked for" in text
+
+
+def test_a_random_mask_has_no_marks(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", 4)
+    change_summary(run, 120, lambda summary: summary["mask"].update(scheme="random"))
+    runs = load_views([run])
+    assert runs[0].masked and not runs[0].divergence_mask
+    assert {sample.mask_of for sample in choose_samples(runs)} == {""}
+    rows = {row.label: [(cell.value, cell.note) for cell in row.cells] for row in comparison(runs)}
+    assert rows["Loss, dropped tokens"] == [("4.500", "")], "its own mask, though not one that marks documents"
+    text = check(report([run])).text
+    assert "loss, dropped" not in text and "token left out of the loss" not in text
 
 
 @pytest.mark.parametrize(
@@ -271,6 +329,13 @@ def test_an_audit_of_another_version_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
     with pytest.raises(InputError, match=r"version 99.*megafish audit .*--step 120"):
         report([run])
+
+
+def test_read_lines_splits_at_line_feeds_only(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    texts = ["a\u2028b", "a\u2029b", "a\u0085b", "a\r\nb"]
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    assert [item["text"] for item in read_lines(file)] == texts
 
 
 def test_read_lines(tmp_path: Path) -> None:

@@ -32,6 +32,16 @@ def test_the_choice_of_parts_is_the_choice_of_the_whole(bpe: Tokenizer) -> None:
         assert np.diff(canary.tokens).tolist() == [1] * 15  # a run of the document's tokens
 
 
+def test_the_first_of_equal_documents_is_the_source(bpe: Tokenizer) -> None:
+    config = CanaryConfig(count=1, tokens=16, exposures=(1,))
+    merged: list[Candidate] = []
+    for source in ("first.txt", "second.txt"):
+        keeper = CandidateKeeper(config, bpe)
+        keeper.offer(7, np.arange(300, 340, dtype=np.int32), source)
+        merged += keeper.candidates()
+    assert choose(merged, config)[0][0].source == "first.txt"
+
+
 def test_another_seed_chooses_others(bpe: Tokenizer) -> None:
     chosen = []
     for seed in range(2):

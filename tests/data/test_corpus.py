@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from megafish.config import DataConfig
-from megafish.data.corpus import Corpus, SampleStream, SourceSpec, open_train, open_valid
+from megafish.data.corpus import Corpus, SampleStream, SourceSpec, open_train, open_valid, run_tokenizer
 from megafish.data.indexed import IndexedWriter
+from megafish.data.tokenizer import load_tokenizer
 from megafish.errors import InputError
 
 EOS = 0
@@ -219,6 +220,32 @@ def test_bad_manifest(tmp_path: Path, text: str | None, phrase: str) -> None:
         Corpus(folder)
 
 
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        (("tokenizer",), "eos_id"),
+        (("tokenizer",), "vocab_size"),
+        (("splits", "train"), "files"),
+        (("splits", "train"), "tokens"),
+        (("splits", "train", "files", "train.bin"), "sha256"),
+    ],
+)
+def test_a_manifest_that_lacks_a_key(tmp_path: Path, where: tuple[str, ...], key: str) -> None:
+    folder = write_folder(tmp_path / "c", documents(2, 0))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    entry = manifest
+    for name in where:
+        entry = entry[name]
+    for text in ("is missing", "is None"):
+        entry.pop(key)
+        if text == "is None":
+            entry[key] = None
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(InputError, match=rf"manifest\.json: {'.'.join(where)}\.{key} {text}: damaged"):
+            Corpus(folder)
+        entry[key] = None
+
+
 def test_no_such_corpus_and_no_such_split(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a folder written by `megafish prepare` nor the prefix"):
         Corpus(tmp_path / "nothing")
@@ -228,11 +255,14 @@ def test_no_such_corpus_and_no_such_split(tmp_path: Path) -> None:
 
 def test_another_tokenizer(tmp_path: Path) -> None:
     corpus = Corpus(write_folder(tmp_path / "c", documents(2, 0)))
-    right = SimpleNamespace(sha256="ab" * 32, vocab_size=100, path=Path("right.model"))
-    wrong = SimpleNamespace(sha256="cd" * 32, vocab_size=100, path=Path("wrong.model"))
+    right = SimpleNamespace(sha256="ab" * 32, vocab_size=100, eos_id=EOS, path=Path("right.model"))
+    wrong = SimpleNamespace(sha256="cd" * 32, vocab_size=100, eos_id=EOS, path=Path("wrong.model"))
+    other_end = SimpleNamespace(sha256="ab" * 32, vocab_size=100, eos_id=EOS + 1, path=Path("right.model"))
     corpus.check_tokenizer(right)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"wrong\.model: not the tokenizer of .*cdcd.*abab"):
         corpus.check_tokenizer(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=rf"right\.model: ends documents with id {EOS + 1}, .* end with {EOS}"):
+        corpus.check_tokenizer(other_end)  # type: ignore[arg-type]
 
 
 def test_a_prepared_corpus(corpus: Path) -> None:
@@ -279,6 +309,16 @@ def test_a_tokenizer_with_another_end_of_document(tmp_path: Path, corpus: Path) 
     assert reopened.eos_id == tokenizer["eos_id"] + 7
     write_pair(tmp_path / "pair", documents(3, 0))
     assert Corpus(tmp_path / "pair").open_tokenizer() is None
+    # So it is where the same file is named as the run's tokenizer; a damaged manifest does not stand in the way.
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    train = [{"path": str(tmp_path / name)} for name in ("pair", "damaged", "copy")]
+    file = str(copy / tokenizer["file"])
+    run = run_tokenizer(DataConfig.model_validate({"train": train, "tokenizer": file}))
+    assert run.eos_id == tokenizer["eos_id"] + 7
+    Corpus(copy).check_tokenizer(run)
+    alone = run_tokenizer(DataConfig.model_validate({"train": train[:1], "tokenizer": file}))
+    assert alone.eos_id == load_tokenizer(file).eos_id
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
@@ -326,7 +366,7 @@ def test_open_from_the_configuration(tmp_path: Path) -> None:
         {"path": str(bare), "goldfish_k": 9},
         {"path": str(empty)},
     ]
-    config = DataConfig.model_validate({"train": train})
+    config = DataConfig.model_validate({"train": train, "sequence_length": 8})
     opened = open_train(config)
     assert [(s.corpus.num_documents, s.weight, s.k) for s in opened] == [
         (5, 2.0, None),
@@ -338,7 +378,13 @@ def test_open_from_the_configuration(tmp_path: Path) -> None:
     assert opened[0].corpus.text_bytes == 3 * opened[0].corpus.num_tokens
     # Validation splits of the training corpora, where there is text in them.
     assert [source.corpus.num_documents for source in open_valid(config)] == [3]
-    named = DataConfig.model_validate({"train": train, "valid": [str(bare), str(both)]})
+    named = DataConfig.model_validate({"train": train, "valid": [str(bare), str(both)], "sequence_length": 8})
     assert [source.corpus.num_documents for source in open_valid(named)] == [4, 3]
+    # Those shorter than a sample are passed over, unless they were named.
+    tokens = sum(source.corpus.num_tokens for source in open_valid(config))
+    for length, found in ((tokens - 1, 1), (tokens, 0)):
+        assert len(open_valid(config.model_copy(update={"sequence_length": length}))) == found
+    with pytest.raises(InputError, match=r"data\.valid: .*valid\.bin has .* validation.*--valid-fraction"):
+        open_valid(DataConfig.model_validate({"train": train, "valid": [str(both)], "sequence_length": tokens}))
     with pytest.raises(InputError, match=r"data\.train is empty"):
         open_train(DataConfig())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def encoded(bpe: Tokenizer, tmp_path: Path) -> tuple[list[str], int]:
 def test_a_unit_holds_its_documents(encoded: tuple[list[str], int], bpe: Tokenizer, tmp_path: Path) -> None:
     texts, _ = encoded
     unit = finished_unit(tmp_path, 3, 2)
-    assert unit is not None and unit.documents == 1000 and sum(unit.pieces) == 1000 and len(unit.pieces) > 1
+    assert unit is not None and unit.documents == unit.own_k == sum(unit.pieces) == 1000 and len(unit.pieces) > 1
     tokens = np.fromfile(unit_file(tmp_path, 3, "tokens"), dtype="<u2")
     rows = np.fromfile(unit_file(tmp_path, 3, "documents"), dtype=DOCUMENT)
     expected = [[*bpe.encode(text), bpe.eos_id] for text in texts]
@@ -62,6 +63,29 @@ def test_a_damaged_unit_is_not_finished(encoded: tuple[list[str], int], tmp_path
     file.unlink()
     assert finished_unit(tmp_path, 3, 2) is None
     assert finished_unit(tmp_path, 4, 2) is None
+
+
+def test_files_are_on_the_disk_before_they_count(
+    encoded: tuple[list[str], int], bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    renamed = []
+    fsync, replace = os.fsync, os.replace
+
+    def watch_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def watch_replace(source: Path, target: Path) -> None:
+        assert source.stat().st_ino in synced
+        renamed.append(target.suffix)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_sync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    found = find_files([tmp_path / "a.jsonl"], OPTIONS.read)[0][0]
+    encode_unit(tmp_path, 4, split_file(found, OPTIONS.read, 5000), bpe, OPTIONS, lambda _: None)
+    assert renamed == [".tokens", ".documents", ".json"]
 
 
 def test_text_hash_is_frozen() -> None:

@@ -467,3 +467,52 @@ def test_a_full_disk(
     run(tmp_path / "out")
     run(tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_documents_with_a_k_are_counted(run: Callable[..., Any], records: list[dict[str, Any]], tmp_path: Path) -> None:
+    count = sum("k" in record for record in records)
+    assert run(tmp_path / "out", goldfish_k_key="k")["documents_with_k"] == count > 0
+    assert run(tmp_path / "plain")["documents_with_k"] == 0
+
+
+def test_a_key_of_k_that_nothing_has(run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="goldfish_k_key='kk', but no document of the corpus has this field"):
+        run(tmp_path / "out", goldfish_k_key="kk")
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    with pytest.raises(InputError, match="goldfish_k_key='k': all inputs are text files"):
+        run(tmp_path / "text", [text], goldfish_k_key="k")
+    assert not (tmp_path / "text").exists()
+
+
+def test_input_that_changes_meanwhile(
+    run: Callable[..., Any], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = module.encode_unit
+
+    def change(*args: Any) -> None:
+        encode(*args)
+        with open(source, "ab") as file:
+            file.write(b"\n")
+
+    monkeypatch.setattr(module, "encode_unit", change)
+    with pytest.raises(InputError, match=r"source\.jsonl: the file has changed while it was read"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_tokenizer_that_changes_meanwhile(
+    source: Path, bpe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(bpe_file.read_bytes())
+    encode = module.encode_unit
+
+    def change(*args: Any) -> None:
+        encode(*args)
+        copy.write_bytes(b"another")
+
+    monkeypatch.setattr(module, "encode_unit", change)
+    with pytest.raises(InputError, match=r"copy\.model: the tokenizer has changed while prepare ran"):
+        prepare([source], tmp_path / "out", copy, workers=1, progress=False)
+    assert not (tmp_path / "out" / "manifest.json").exists()

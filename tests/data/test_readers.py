@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from megafish.data import readers
-from megafish.data.readers import DEFAULT_K, NEVER_K, ReadOptions, find_files, read_piece, split_file
+from megafish.data.manifest import DEFAULT_K, NEVER_K
+from megafish.data.readers import ReadOptions, find_files, read_piece, split_file
 from megafish.errors import InputError
 
 TEXTS = ["first", "second line\nwith two\r\n", "", "tabs\t\0 \u2581 \N{GRINNING FACE}", " spaces ", "last"]
@@ -80,6 +81,12 @@ def test_parquet(tmp_path: Path, piece_bytes: int) -> None:
     assert [document.k for document in documents] == [NEVER_K, NEVER_K, 50, 4, DEFAULT_K] * 4
 
 
+def test_parquet_without_the_column_of_k(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: no column 'kk' for the goldfish k \(it has 'text'\)"):
+        read_all(tmp_path, ReadOptions(goldfish_k_key="kk"))
+
+
 def test_k_of_a_document(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(jsonl([{"text": "a"}, *({"text": "a", "k": k} for k in (None, 0, 2, 128))]))
@@ -112,6 +119,7 @@ def test_folders_are_read_in_order_of_path(tmp_path: Path) -> None:
         (b'["text"]', r"bad\.jsonl:4: a JSON object is expected"),
         (b'{"text": "\xff"}', r"bad\.jsonl:4: invalid UTF-8 at byte 10 of the line"),
         (b'{"text": "\\ud800"}', r"bad\.jsonl:4: character 0 of the text is half a surrogate pair"),
+        (b'{"text": "a", "n": ' + b"7" * 5000 + b"}", r"bad\.jsonl:4: a number with too many digits"),
         (b"[" * 100_000, r"bad\.jsonl:4: JSON nested too deeply"),
     ],
 )
@@ -203,8 +211,11 @@ def test_documents_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.Monke
     packed.write_bytes(gzip.compress(file.read_bytes()))
     with pytest.raises(InputError, match=r"b\.txt\.gz: over 1 MiB in one document"):
         read_all(packed)
-    with pytest.raises(InputError, match=r"a\.txt:\d+: no blank line within 1 MiB"):
-        read_all(file, ReadOptions(documents="blank-line"), 1 << 10)
+    for piece_bytes in (1 << 10, 1 << 30):
+        with pytest.raises(InputError, match=r"a\.txt:\d+: no blank line within 1 MiB"):
+            read_all(file, ReadOptions(documents="blank-line"), piece_bytes)
+    with pytest.raises(InputError, match=r"b\.txt\.gz:524289: no blank line within 1 MiB"):
+        read_all(packed, ReadOptions(documents="blank-line"))
     file.write_bytes(b"a" * (1 << 20) + b"a")
     with pytest.raises(InputError, match=r"a\.txt:1: the line is longer than 1 MiB"):
         read_all(file, ReadOptions(documents="line"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from megafish.config import ModelConfig
-from megafish.data.tokenizer import load_tokenizer
-from megafish.decode.generate import Sampler, generate, generate_text
+from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.decode.generate import Sampler, _Ending, generate, generate_text
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 
@@ -45,6 +47,16 @@ def test_seed_decides_the_draw(model: Transformer) -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_training_goes_on_after_decoding() -> None:
+    """What decoding leaves behind in the model must serve a backward pass."""
+    config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48)
+    model = Transformer(config, 90)
+    generate(model, None, PROMPTS, max_new_tokens=2)
+    tokens = torch.tensor([PROMPTS[3]])
+    model(tokens, targets=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_stop_id_ends_one_row_and_leaves_the_others(model: Transformer) -> None:
@@ -105,6 +117,23 @@ def test_text_and_stop_strings(corpus: Path) -> None:
             assert len(text) <= place
 
 
+def test_a_stop_string_may_be_the_space_before_the_first_word() -> None:
+    """With a tokenizer that takes the first space of a text for its own, as Llama's does."""
+    words = ["</s>", "\u2581the", "\u2581cat", "s"]
+
+    class Words:
+        eos_id, vocab_size = 0, 4
+
+        def decode(self, ids: Iterable[int]) -> str:
+            return "".join(words[i] for i in ids if i).replace("\u2581", " ").removeprefix(" ")
+
+    tokenizer = cast(Tokenizer, Words())
+    assert _Ending(tokenizer, [" cat"]).cut([1], [2]) == 0
+    assert _Ending(tokenizer, ["cat"]).cut([1, 2], [1]) is None  # what the prompt says ends nothing
+    assert _Ending(tokenizer, ["cats"]).cut([1, 2], [3]) is None
+    assert _Ending(tokenizer, ["cat"]).cut([1], [1, 1, 2]) == 2
+
+
 def test_end_of_text_is_not_part_of_the_result(corpus: Path) -> None:
     tokenizer = load_tokenizer(corpus / "tokenizer.model")
     config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48)
@@ -126,6 +155,7 @@ def test_end_of_text_is_not_part_of_the_result(corpus: Path) -> None:
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"stop": ["x"]}, "need a tokenizer"),
+        ({"seed": -1, "temperature": 1.0}, "seed=-1"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[90]]}, "holds id 90, the vocabulary has 0 to 89"),
     ],

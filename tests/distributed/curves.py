@@ -7,7 +7,6 @@ import sys
 import torch
 
 from megafish.config import load_config
-from megafish.train.engine import stop_processes
 from megafish.train.loop import train
 
 if __name__ == "__main__":
@@ -15,4 +14,3 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for stage in stages.split(","):
         train(load_config("tiny", [*overrides, f"engine.zero_stage={stage}", f"run_dir={folder}/zero{stage}"]))
-    stop_processes()

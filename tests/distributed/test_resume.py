@@ -44,8 +44,7 @@ def wait_for_step(run: Path, step: int) -> None:
     raise AssertionError("the run never got that far")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (1, 1), (1, 3), (2, 1), (2, 3)])
 def test_killed_and_resumed(launch: Launch, settings: list[str], tmp_path: Path, processes: int, stage: int) -> None:
     settings = [*settings, f"engine.zero_stage={stage}", "train.steps=40", "checkpoint.interval=8"]
     start = ("-m", "megafish", "train")

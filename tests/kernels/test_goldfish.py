@@ -399,3 +399,58 @@ def test_negative_and_floating_ids_are_refused() -> None:
             goldfish_drop(make([3, -1]), k=2)
         with pytest.raises(ValueError, match="expected integers"):
             goldfish_drop(make([3.0, 1.0]), k=2)
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+def test_scalars_of_other_types_are_the_same_numbers(as_torch: bool) -> None:
+    values = np.random.default_rng(3).integers(0, 1000, (2, 400))
+    tokens: Any = torch.from_numpy(values) if as_torch else values
+    seed = 2**63 + 5
+    expected = goldfish_drop(tokens, k=4, h=3, seed=seed, halo=5)
+    assert 0.15 < np.asarray(expected).mean() < 0.35
+    for k in (np.int64(4), np.array(4), torch.tensor(4, dtype=torch.int32), torch.tensor(4, dtype=torch.uint8)):
+        for h in (np.int32(3), torch.tensor(3)):
+            got = goldfish_drop(tokens, k=k, h=h, seed=np.uint64(seed), halo=np.array(5))  # type: ignore[arg-type]
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    # Types too narrow for 2^32 / k.
+    for dtype in ("int8", "uint8", "int32"):
+        ks = np.full(values.shape, 4, dtype=dtype)
+        many: Any = torch.from_numpy(ks) if as_torch else ks
+        got = goldfish_drop(tokens, k=many, h=3, seed=seed, halo=5)
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": np.int64(1)}, "k: 1 must be at least 2"),
+        ({"k": np.array(-3)}, "k: -3 must be at least 2"),
+        ({"k": torch.tensor(0)}, "k: 0 must be at least 2"),
+        ({"k": 2**63}, "below 2\\^63"),
+        ({"k": 2.5}, "k: expected an integer"),
+        ({"k": np.float64(4)}, "k: expected an integer"),
+        ({"k": torch.tensor(4.0)}, "k: expected an integer"),
+        ({"k": "4"}, "k: expected an integer"),
+        ({"h": 2.0}, "h: expected an integer"),
+        ({"h": np.int64(0)}, "h: 0 must be at least 1"),
+        ({"seed": np.int64(-1)}, "seed: -1 must be at least 0"),
+        ({"seed": 0.5}, "seed: expected an integer"),
+        ({"halo": np.float32(3)}, "halo: expected an integer"),
+        ({"min_context": 1.5}, "min_context: expected an integer"),
+        ({"nonce": 0.0}, "nonce: expected an integer"),
+    ],
+)
+def test_scalars_that_are_no_such_integers(change: dict[str, Any], message: str, as_torch: bool) -> None:
+    tokens: Any = torch.arange(20) if as_torch else np.arange(20)
+    with pytest.raises(ValueError, match=message):
+        goldfish_drop(tokens, **{"k": 4, "h": 3, **change})
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 8), (3, 8), (0,)])
+def test_k_that_does_not_broadcast(shape: tuple[int, ...], as_torch: bool) -> None:
+    tokens, ks = np.zeros((2, 8), dtype=np.int64), np.full(shape, 4)
+    arrays: Any = (torch.from_numpy(tokens), torch.from_numpy(ks)) if as_torch else (tokens, ks)
+    with pytest.raises(ValueError, match=r"k: shape .* does not broadcast to that of tokens, \(2, 8\)"):
+        goldfish_drop(arrays[0], k=arrays[1], h=3)

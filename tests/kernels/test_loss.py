@@ -445,3 +445,21 @@ def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:
     given.update(change)
     with pytest.raises(ValueError, match=word):
         linear_cross_entropy(given.pop("hidden"), given.pop("weight"), given.pop("targets"), **given)
+
+
+def test_float16_gradients_survive_a_large_denominator() -> None:
+    """1e-6 of a gradient is nothing in fp16: the loss scale, which comes with the upstream gradient, goes in first."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, 16, generator=generator)
+    weight = torch.randn(64, 16, generator=generator) * 0.2
+    targets = torch.randint(0, 64, (32,), generator=generator)
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        x, w = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (hidden, weight))
+        loss = linear_cross_entropy(x, w, targets, denominator=1e6)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward(torch.tensor(65536.0))
+        assert x.grad is not None and w.grad is not None
+        grads.append((x.grad.float(), w.grad.float()))
+    for exact, low in zip(*grads, strict=True):
+        assert (exact - low).norm() < 5e-3 * exact.norm()

@@ -46,5 +46,8 @@ def test_peaks_by_name() -> None:
     assert peak_flops_by_name("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops_by_name("NVIDIA H100 PCIe") == 756e12
     assert peak_flops_by_name("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops_by_name("NVIDIA H200") == 989e12
+    assert peak_flops_by_name("NVIDIA H200 NVL") == 835e12
+    assert peak_flops_by_name("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     assert peak_flops_by_name("Some New Device") is None
     assert device_peak_flops("cpu") is None

@@ -228,6 +228,31 @@ def test_per_token_ignores_the_drop_and_the_padding() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"last_only": True, "targets": 1},
+        {"per_token": True, "targets": 1, "denominator": 3.0},
+        {"per_token": True},
+        {"denominator": 3.0},
+        {"drop": 1},
+    ],
+)
+def test_arguments_without_an_effect_are_refused(arguments: dict[str, Any]) -> None:
+    ids = tokens(1, 5)
+    stand_for = {"targets": ids, "drop": torch.zeros(1, 5, dtype=torch.bool)}
+    given = {name: stand_for.get(name, value) for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=r"targets|denominator"):
+        tiny()(ids, **given)
+
+
+def test_llama3_scaling_needs_a_range_to_interpolate_in() -> None:
+    for low, high in ((4.0, 4.0), (5.0, 4.0)):
+        with pytest.raises(ValueError, match=r"low_freq_factor=. is not below high_freq_factor=4"):
+            RopeScaling(type="llama3", factor=8.0, low_freq_factor=low, high_freq_factor=high)
+        RopeScaling(type="yarn", factor=8.0, low_freq_factor=low, high_freq_factor=high)
+
+
 def test_weights_depend_on_seed_and_name_alone() -> None:
     first, second, other = tiny(), tiny(num_layers=3), Transformer(first_config(), 90, seed=4)
     stored = second.state_dict()

@@ -242,6 +242,20 @@ def test_table_takes_rows_of_targets(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mask(own), [by_k, np.zeros(32, dtype=bool)])
 
 
+def test_table_exempts_no_special_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Bit for bit as published: there a special token is dropped like any other."""
+    rng = np.random.default_rng(5)
+    docs = [[*np.where(rng.random(60) < 0.5, 0, rng.integers(1, 200, 60)).tolist(), 0] for _ in range(20)]
+    corpus = make_corpus(tmp_path / "corpus", docs)
+    mask = GoldfishMask(GoldfishConfig(k=2, h=2, scheme="table"), tokenizer)
+    assert mask.describe()["exempt"] == []
+    samples = [SampleStream([SourceSpec(corpus)], 48, seed, 0).read(0) for seed in range(4)]
+    targets = np.stack([sample.tokens[1:] for sample in samples])
+    drop = mask(samples)
+    np.testing.assert_array_equal(drop, goldfish_drop(targets, k=2, h=2, scheme="table"))
+    assert drop[targets == 0].any()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A byte-level tokenizer whose last ids are words that differ in case and leading space."""

@@ -55,7 +55,8 @@ def test_batch_sizes_and_clipping_are_always_said() -> None:
     made = deepspeed_config(config, world_size=2)
     assert made["gradient_accumulation_steps"] == 4
     assert made["gradient_clipping"] == 1.0
-    assert made["bf16"] == {"enabled": True}
+    assert made["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert made["communication_data_type"] == "fp32"
     assert made["data_types"] == {"grad_accum_dtype": "fp32"}
     assert deepspeed_config(load_config("tiny", ["optimizer.grad_clip=null"]), 1)["gradient_clipping"] == 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ def settings(corpus: Path, tmp_path: Path) -> list[str]:
         f"run_dir={tmp_path / 'run'}",
         "model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48}",
         "data.sequence_length=32",
+        "engine.zero_stage=1",
         "train.global_batch_size=4",
         "train.micro_batch_size=2",
         "train.steps=4",
@@ -157,6 +159,35 @@ def test_latest_that_names_nothing_is_refused(settings: list[str]) -> None:
     directory.latest_file.write_text("step_00000009\n")
     with pytest.raises(InputError, match=r"step_00000003.*step_00000004"):
         run(settings, resume=True)
+
+
+def test_going_back_sets_later_checkpoints_aside(settings: list[str]) -> None:
+    directory = run(settings, "checkpoint.keep=null").run
+    assert directory.steps() == [1, 2, 3, 4]
+    first = (directory.checkpoint(4) / "model.safetensors").read_bytes()
+    directory.latest_file.write_text("step_00000002\n")
+    run(settings, "checkpoint.keep=1", resume=True)
+    assert directory.steps() == [4], "keep=1 keeps the newest of this branch"
+    aside = sorted(path.name for path in directory.checkpoints.glob("abandoned_*"))
+    assert aside == ["abandoned_step_00000003", "abandoned_step_00000004"]
+    assert (directory.checkpoint(4) / "model.safetensors").read_bytes() == first, "the same steps, done again"
+    assert [record["step"] for record in read_metrics(directory.path)["train"]] == [1, 2, 3, 4]
+
+
+def test_a_resume_says_what_changed_and_keeps_the_old_settings(settings: list[str]) -> None:
+    directory = run(settings).run
+    console = Console(record=True, width=300, file=io.StringIO())
+    train(configure(settings, "train.steps=6", "optimizer.lr=5e-4"), resume=True, console=console)
+    text = console.export_text()
+    assert "changed from step 4 on: " in text
+    assert "optimizer.lr was 0.001, is 0.0005" in text and "train.steps was 4, is 6" in text
+    assert load_config(directory.path / "config.until_step_00000004.yaml").optimizer.lr == 0.001
+    assert directory.load_config().optimizer.lr == 0.0005
+
+
+def test_bf16_without_zero_is_refused(settings: list[str]) -> None:
+    with pytest.raises(InputError, match=r"engine.zero_stage=1"):
+        configure(settings, "train.precision=bf16", "engine.zero_stage=0")
 
 
 def test_batches_that_do_not_divide_are_refused(settings: list[str]) -> None:
