@@ -7,7 +7,6 @@ decide each token's fate from its document alone: a left halo, the document star
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from megafish.data.manifest import DEFAULT_K, MANIFEST, NEVER_K, read_manifest
 from megafish.data.order import ORDER, Locations, SampleOrder
 from megafish.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megafish.errors import InputError
+from megafish.run import sha256_file
 
 
 class Window(NamedTuple):
@@ -148,7 +148,7 @@ class Corpus:
     def verify(self) -> None:
         """Read the split's files in full and compare them with the manifest's sha256; a bare pair has none."""
         for name, entry in self._files.items():
-            found = _sha256(self.path / name)
+            found = sha256_file(self.path / name)
             if found != entry["sha256"]:
                 raise InputError(
                     f"{self.path / name}: sha256 is {found}, the manifest says {entry['sha256']}: the file has changed "
@@ -161,7 +161,7 @@ class Corpus:
             files = {name: entry["sha256"] for name, entry in sorted(self._files.items())}
             return {"files": files, "tokenizer": self.manifest["tokenizer"]["sha256"]}
         size = self.data.bin_path.stat().st_size
-        return {"bin_bytes": size, "idx_sha256": _sha256(self.data.idx_path)}
+        return {"bin_bytes": size, "idx_sha256": sha256_file(self.data.idx_path)}
 
     def _open_folder(self, split: str) -> None:
         manifest = self.manifest = read_manifest(self.path)
@@ -389,7 +389,7 @@ def _eos_of_corpora(config: DataConfig) -> int | None:
     path = tokenizer_file(str(config.tokenizer))
     if not path.is_file():
         return None  # loading it says what is wrong
-    sha256 = _sha256(path)
+    sha256 = sha256_file(path)
     for source in config.train:
         try:
             known = read_manifest(Path(source.path))["tokenizer"]
@@ -418,11 +418,3 @@ def _effective_k(
     if document_k is None:
         return np.full(length, fallback)
     return np.where(document_k == DEFAULT_K, fallback, document_k)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

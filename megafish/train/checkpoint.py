@@ -21,7 +21,7 @@ from megafish.config import Config
 from megafish.errors import InputError
 from megafish.model.load import save_weights
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
-from megafish.train.engine import Engine
+from megafish.train.engine import Engine, together
 
 # What must not change between the run and its continuation, and what to tell the user who changed it.
 _FIXED = {
@@ -37,12 +37,7 @@ def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: in
     final = run.checkpoint(state["step"])
     temporary = final.with_name(final.name + ".tmp")
     main = engine.processes.is_main
-    if main:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        _require_space(temporary, engine)
-    dist.barrier()
+    together(lambda: _make_room(temporary, engine) if main else None)
     try:
         engine.save(temporary)
         weights = engine.full_weights()
@@ -57,16 +52,19 @@ def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: in
             ) from None
         raise
     dist.barrier()
-    if main:
-        _write_manifest(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync_folder(run.checkpoints)
-        write_atomic(run.latest_file, final.name + "\n")
-        _prune(run, state["step"], keep)
-    dist.barrier()
+    together(lambda: _publish(run, temporary, final, state["step"], keep) if main else None)
     return final
+
+
+def _publish(run: RunDir, temporary: Path, final: Path, step: int, keep: int | None) -> None:
+    """Give a complete checkpoint its name, then make it the latest."""
+    _write_manifest(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_folder(run.checkpoints)
+    write_atomic(run.latest_file, final.name + "\n")
+    _prune(run, step, keep)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -129,11 +127,14 @@ def _write_manifest(folder: Path) -> None:
     )
 
 
-def _require_space(folder: Path, engine: Engine) -> None:
-    """Refuse before writing rather than fail half way.
+def _make_room(folder: Path, engine: Engine) -> None:
+    """An empty folder; refused before anything is written where the checkpoint would not fit.
 
     Counted are the weights twice (safetensors and DeepSpeed's), fp32 master weights and two moments.
     """
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     needed = sum(getattr(p, "ds_numel", p.numel()) * (2 * p.element_size() + 4 + 8) for p in engine.module.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
