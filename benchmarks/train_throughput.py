@@ -4,6 +4,11 @@ Every implementation gets the same weights, the same random tokens, the same tor
 trains in a process of its own, in turn with the others; the median step counts. The first loss of all must agree, so
 that the same computation is compared. litgpt pins an older huggingface-hub than transformers does: install it in an
 environment of its own and name that one's interpreter with --litgpt-python.
+
+megafish runs with the allocator's settings that its trainer makes on a CPU (megafish/train/host.py), the peers with
+the system's. To give them to the peers as well, set them from outside:
+
+    MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 python benchmarks/train_throughput.py
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
 GOLDFISH = {"k": 4, "h": 13}
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2}
 NAMES = ("megafish", "megafish goldfish k=4", "transformers", "litgpt")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -211,6 +216,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if job["engine"] and name.startswith("megafish"):
         step = engine_stepper(shape, weights, job["dtype"], "goldfish" in name)
     else:
+        if name.startswith("megafish"):
+            from megafish.train.host import keep_freed_memory
+
+            keep_freed_memory()  # as its trainer does on a CPU
         model, loss_of = build(name, shape, weights, DTYPES[job["dtype"]])
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,10 @@ from torch.autograd.function import once_differentiable
 # which then read the weight and its gradient from memory once a chunk for too little work.
 _CHUNK_BYTES = 16 * 2**20
 _CHUNK_ROWS = 256
+# oneDNN, which multiplies bfloat16 and float16 on CPUs, compiles its code anew for every number of rows that it meets
+# (5 to 20 ms each time). The mask leaves another number of rows in every batch: rounded up to a multiple of this, it
+# meets few.
+_LOW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,13 @@ def chunk_rows(rows: int, vocab_size: int, itemsize: int, chunk_tokens: int | No
     return -(-rows // max(chunks, 1))
 
 
+def padded_rows(rows: int, dtype: torch.dtype) -> int:
+    """Rows that a product over `rows` tokens in this dtype gets on a CPU: the same, or a few more."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return rows
+    return -(-rows // _LOW_ROWS) * _LOW_ROWS
+
+
 def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax of every row, in place; also each row's maximum, and the log of the sum of exp(logit - maximum)."""
     top = logits.amax(dim=1)
@@ -105,6 +117,7 @@ def sweep(
     dtype = reduction_dtype(hidden.dtype)
     low = hidden.dtype != dtype
     need_hidden, need_weight, need_bias = needs
+    on_cpu = hidden.device.type == "cpu"
     need_any = need_hidden or need_weight or need_bias
     scale, smooth, cap = options.logit_scale, options.label_smoothing, options.softcap
     columns = weight[:vocab]
@@ -112,7 +125,7 @@ def sweep(
 
     size = chunk_rows(count, vocab, torch.finfo(dtype).bits // 8, options.chunk_tokens)
     buffer = hidden.new_empty(size, vocab, dtype=dtype)
-    rounded = hidden.new_empty(size, vocab) if low else buffer
+    rounded = hidden.new_empty(padded_rows(size, hidden.dtype), vocab) if low else buffer
     loss, cross_entropy, lse = (hidden.new_empty(count, dtype=dtype) for _ in range(3))
     entropy = hidden.new_empty(count, dtype=dtype) if options.stats else None
     correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
@@ -128,13 +141,18 @@ def sweep(
         part = slice(begin, min(begin + size, count))
         target = targets[part, None]
         taken = hidden[part] if index is None else hidden.index_select(0, index[part])
-        logits, product = buffer[: len(target)], rounded[: len(target)]
+        padding = padded_rows(len(target), hidden.dtype) - len(target) if on_cpu else 0
+        if padding:
+            taken = F.pad(taken, (0, 0, 0, padding))
+        # With all rows, and with those of tokens: the buffers of the logits, and of what goes through a product.
+        padded = rounded[: len(taken)]
+        logits, product = buffer[: len(target)], padded[: len(target)]
 
         scaled = taken if scale == 1.0 else taken * scale
         if shift is None:
-            torch.mm(scaled, columns.t(), out=product)
+            torch.mm(scaled, columns.t(), out=padded)
         else:
-            torch.addmm(shift, scaled, columns.t(), out=product)
+            torch.addmm(shift, scaled, columns.t(), out=padded)
         if low:
             logits.copy_(product)
         slope = None
@@ -173,10 +191,11 @@ def sweep(
         if low:
             # Rounded once, after the weights: the products below then add in fp32 and round their result once.
             product.copy_(logits if row_factor is None else logits.mul_(row_factor))
+            padded[len(target) :].zero_()
             row_factor = None
         beta = 0.0 if begin == 0 else 1.0
         if grad_hidden is not None:
-            step = torch.mm(product, columns).to(dtype).mul_(alpha * scale)
+            step = torch.mm(padded, columns)[: len(target)].to(dtype).mul_(alpha * scale)
             if row_factor is not None:
                 step.mul_(row_factor)
             if index is None:
@@ -186,9 +205,11 @@ def sweep(
         if grad_weight is not None:
             total = grad_weight[:vocab]
             if low:
-                update = torch.mm(product.t(), taken)
-                total.mul_(beta) if beta else total.zero_()
-                total.add_(update, alpha=alpha * scale)
+                update = torch.mm(padded.t(), taken)
+                if beta:
+                    total.add_(update, alpha=alpha * scale)
+                else:
+                    total.copy_(update).mul_(alpha * scale)
             else:
                 weighted = taken if row_factor is None else taken * row_factor
                 torch.addmm(total, product.t(), weighted, beta=beta, alpha=alpha * scale, out=total)

@@ -2,7 +2,8 @@
 
 On CUDA in half precision, from compute capability 8.0 and up to head_dim 256: flash-attn's varlen kernel where it is
 installed, otherwise torch's own (torch.nn.attention.varlen) where its version knows windows and grouped heads and
-head_dim is a multiple of 8. block_attention on the CPU; scaled_dot_product_attention everywhere else.
+head_dim is a multiple of 8. block_attention on the CPU for packed documents and windows; scaled_dot_product_attention
+everywhere else.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from megafish.model.block_attention import Segment, block_attention, segments
 
 BLOCK_DEVICES = ("cpu",)
 """Device types on which block_attention takes the place of a mask."""
-
-BLOCK_LENGTHS = range(257, 1025)
-"""There, block_attention is measured faster than SDPA's causal kernel for undivided rows of these lengths."""
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int | None], torch.Tensor]
 """kernel(q, k, v, cu_seqlens, max_seqlen, window) over [tokens, heads, head_dim]."""
@@ -70,7 +68,7 @@ def layout(
         return Layout(window, kernel=kernel, cu_seqlens=cu_seqlens.to(device), max_seqlen=max_seqlen or length)
     one_document_per_row = cu_seqlens is None or cu_seqlens.numel() == batch + 1
     undivided = one_document_per_row and window is None
-    if device.type in BLOCK_DEVICES and (not undivided or length in BLOCK_LENGTHS):
+    if device.type in BLOCK_DEVICES and not undivided:
         return Layout(window, documents=segments(batch, length, cu_seqlens))
     if undivided:
         return Layout(None)

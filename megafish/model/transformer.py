@@ -21,6 +21,7 @@ from megafish.model.flops import padded_vocab_size
 from megafish.model.fused import rms_norm, rotary, swiglu
 from megafish.model.rope import RotaryTable
 from megafish_kernels import linear_cross_entropy
+from megafish_kernels.torch_backend import padded_rows
 
 
 class LossOutput(NamedTuple):
@@ -362,6 +363,7 @@ class Transformer(nn.Module):
             # well, but behind the blocks, so that their launches are hidden.
             if tokens.device.type == "cpu":
                 rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+                rows = _round_up(rows, targets.numel(), self.norm.weight.dtype)
                 targets = targets.flatten().index_select(0, rows)
         x = self.embedding(tokens)
         last = len(self.blocks) - 1
@@ -403,6 +405,16 @@ class Transformer(nn.Module):
             dtype=self.norm.weight.dtype,
         )
         return Step(cos[:, None], sin[:, None], where)
+
+
+def _round_up(rows: torch.Tensor, total: int, dtype: torch.dtype) -> torch.Tensor:
+    """Kept rows, in bfloat16 with some of the others behind them, up to the next multiple of 64: see padded_rows of
+    megafish_kernels for the reason. What is computed for the others is left out again by their ignored targets."""
+    missing = padded_rows(len(rows), dtype) - len(rows)
+    if missing == 0 or not 0 < len(rows) < total:
+        return rows
+    others = torch.ones(total, dtype=torch.bool).index_fill_(0, rows, False).nonzero().squeeze(1)
+    return torch.cat((rows, others[:missing]))
 
 
 def _residual_std(config: ModelConfig) -> float:

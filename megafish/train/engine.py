@@ -26,6 +26,7 @@ from torch import nn
 from megafish.config import Config
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
+from megafish.train.host import keep_freed_memory
 from megafish.train.optim import build_optimizer
 
 T = TypeVar("T")
@@ -67,7 +68,9 @@ def start_processes(device: str) -> Processes:
     # DeepSpeed probes for an accelerator when it is imported; the choice made here must be the one it makes.
     os.environ["DS_ACCELERATOR"] = device
     place = torch.device("cpu")
-    if device == "cuda":
+    if device == "cpu":
+        keep_freed_memory()
+    else:
         place = torch.device("cuda", _gpu_of(local_rank))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
