@@ -232,7 +232,7 @@ class LossConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary."""
     chunk_tokens: int | None = Field(default=None, ge=1)
-    """Supervised tokens whose logits exist at one time. null: 16 MiB of logits or 256 tokens, whichever is more."""
+    """Supervised tokens whose logits exist at one time. null: 16 MiB of logits or 256 tokens (bf16: 512) at least."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -67,8 +67,8 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         logit_scale: multiplies the logits, before the softcap.
         vocab_size: rows of weight that are real; the rest is padding, takes no part and gets zero gradients.
-        chunk_tokens: kept tokens whose logits exist at one time. None: 16 MiB of logits or 256 tokens, whichever is
-            more.
+        chunk_tokens: kept tokens whose logits exist at one time. None: 16 MiB of logits or 256 tokens (512 in half
+            precision), whichever is more.
         backend: "torch", plain torch on any device, is the only one there is; "auto" leaves the choice to the library.
         return_stats: True returns LossStats too; "loss" only those of its fields that cost nothing.
 

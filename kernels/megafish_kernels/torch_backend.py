@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 # which then read the weight and its gradient from memory once a chunk for too little work.
 _CHUNK_BYTES = 16 * 2**20
 _CHUNK_ROWS = 256
+# In half precision every chunk also rounds its part of the weight's gradient and adds it up in a pass of its own.
+_LOW_CHUNK_ROWS = 512
+# Bytes of the logits that a CPU works on at a time between the products, about what its second-level cache holds.
+_BLOCK_BYTES = 4 * 2**20
 # oneDNN, which multiplies bfloat16 and float16 on CPUs, compiles its code anew for every number of rows that it meets
 # (5 to 20 ms each time). The mask leaves another number of rows in every batch: rounded up to a multiple of this, it
 # meets few.
@@ -75,9 +79,11 @@ def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(rows: int, vocab_size: int, itemsize: int, chunk_tokens: int | None) -> int:
+def chunk_rows(rows: int, vocab_size: int, dtype: torch.dtype, chunk_tokens: int | None) -> int:
     """Rows of each chunk: near the wanted size, and spread evenly, so that no small chunk is left at the end."""
-    wanted = chunk_tokens or max(_CHUNK_ROWS, _CHUNK_BYTES // (vocab_size * itemsize))
+    sums = reduction_dtype(dtype)
+    fewest = _CHUNK_ROWS if dtype == sums else _LOW_CHUNK_ROWS
+    wanted = chunk_tokens or max(fewest, _CHUNK_BYTES // (vocab_size * sums.itemsize))
     chunks = -(-rows // wanted)
     return -(-rows // max(chunks, 1))
 
@@ -102,6 +108,81 @@ def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, total.log()
 
 
+class _RowWork:
+    """What is done to the logits of each row: its losses, and the gradient in the logits' place.
+
+    On a CPU a few rows at a time, which stay in the cache from the first pass over them to the last; the products want
+    many more rows at a time.
+    """
+
+    def __init__(self, hidden: Tensor, count: int, options: Options, need_gradient: bool) -> None:
+        self.options, self.need_gradient = options, need_gradient
+        self.dtype = reduction_dtype(hidden.dtype)
+        self.block = max(1, _BLOCK_BYTES // (options.vocab_size * self.dtype.itemsize))
+        if hidden.device.type != "cpu":
+            self.block = max(1, count)
+        self.wide: Tensor | None = None
+        self.loss, self.cross_entropy, self.lse = (hidden.new_empty(count, dtype=self.dtype) for _ in range(3))
+        self.entropy = hidden.new_empty(count, dtype=self.dtype) if options.stats else None
+        self.correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
+
+    def run(self, part: slice, product: Tensor, target: Tensor, factor: Tensor | None) -> None:
+        """Rows `part` of all: product [n, V], logits that become the gradient; target [n, 1]; factor [n, 1] multiplies
+        the gradient."""
+        for begin in range(0, len(product), self.block):
+            some = slice(begin, begin + self.block)
+            given = product[some]
+            logits = given if given.dtype == self.dtype else self._widened(given)
+            place = slice(part.start + begin, part.start + begin + len(given))
+            self._rows(place, logits, target[some])
+            if not self.need_gradient:
+                continue
+            if factor is not None:
+                logits.mul_(factor[some])
+            if logits is not given:
+                # Rounded once, after the factor: the products that follow add in fp32 and round their result once.
+                given.copy_(logits)
+
+    def _widened(self, given: Tensor) -> Tensor:
+        if self.wide is None or len(self.wide) < len(given):
+            self.wide = torch.empty_like(given, dtype=self.dtype)
+        return self.wide[: len(given)].copy_(given)
+
+    def _rows(self, place: slice, logits: Tensor, target: Tensor) -> None:
+        options, smooth, cap = self.options, self.options.label_smoothing, self.options.softcap
+        slope = None
+        if cap is not None:
+            logits.div_(cap).tanh_()
+            slope = logits.square().neg_().add_(1.0) if self.need_gradient else None
+            logits.mul_(cap)
+
+        at_target = logits.gather(1, target)[:, 0]
+        mean = logits.mean(dim=1) if smooth else None
+        if self.correct is not None:
+            torch.eq(logits.argmax(dim=1), target[:, 0], out=self.correct[place])
+        top, log_sum = _softmax_(logits)
+        lse = torch.add(top, log_sum, out=self.lse[place])
+        row_loss = torch.add(top - at_target, log_sum, out=self.cross_entropy[place])
+        if self.entropy is not None:
+            torch.sum(torch.special.entr(logits), dim=1, out=self.entropy[place])
+        if mean is not None:
+            row_loss = (1 - smooth) * row_loss + smooth * (top - mean + log_sum)
+        if options.z_loss:
+            row_loss = row_loss + options.z_loss * lse.square()
+        self.loss[place] = row_loss
+        if not self.need_gradient:
+            return
+
+        # From here on the logits' memory holds the gradient of the row's loss by its logits.
+        if options.z_loss:
+            logits.mul_((1 + 2 * options.z_loss * lse)[:, None])
+        if smooth:
+            logits.sub_(smooth / options.vocab_size)
+        logits.scatter_(1, target, logits.gather(1, target) - (1 - smooth))
+        if slope is not None:
+            logits.mul_(slope)
+
+
 def sweep(
     rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, alpha: float, needs: tuple[bool, bool, bool]
 ) -> Sweep:
@@ -115,20 +196,16 @@ def sweep(
     hidden, targets, index, factor = rows.hidden, rows.targets, rows.index, rows.factor
     count, vocab = targets.shape[0], options.vocab_size
     dtype = reduction_dtype(hidden.dtype)
-    low = hidden.dtype != dtype
+    low, on_cpu = hidden.dtype != dtype, hidden.device.type == "cpu"
     need_hidden, need_weight, need_bias = needs
-    on_cpu = hidden.device.type == "cpu"
     need_any = need_hidden or need_weight or need_bias
-    scale, smooth, cap = options.logit_scale, options.label_smoothing, options.softcap
     columns = weight[:vocab]
-    shift = None if bias is None else bias[:vocab] * scale
+    shift = None if bias is None else bias[:vocab] * options.logit_scale
+    alpha = alpha * options.logit_scale
 
-    size = chunk_rows(count, vocab, torch.finfo(dtype).bits // 8, options.chunk_tokens)
-    buffer = hidden.new_empty(size, vocab, dtype=dtype)
-    rounded = hidden.new_empty(padded_rows(size, hidden.dtype), vocab) if low else buffer
-    loss, cross_entropy, lse = (hidden.new_empty(count, dtype=dtype) for _ in range(3))
-    entropy = hidden.new_empty(count, dtype=dtype) if options.stats else None
-    correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
+    size = chunk_rows(count, vocab, hidden.dtype, options.chunk_tokens)
+    buffer = hidden.new_empty(padded_rows(size, hidden.dtype) if on_cpu else size, vocab)
+    work = _RowWork(hidden, count, options, need_any)
     grad_hidden = None
     if need_hidden:
         grad_hidden = torch.empty_like(hidden) if index is None and count else torch.zeros_like(hidden)
@@ -144,58 +221,26 @@ def sweep(
         padding = padded_rows(len(target), hidden.dtype) - len(target) if on_cpu else 0
         if padding:
             taken = F.pad(taken, (0, 0, 0, padding))
-        # With all rows, and with those of tokens: the buffers of the logits, and of what goes through a product.
-        padded = rounded[: len(taken)]
-        logits, product = buffer[: len(target)], padded[: len(target)]
+        # The buffer with all rows of the products, and with those of tokens.
+        padded = buffer[: len(taken)]
+        product = padded[: len(target)]
 
-        scaled = taken if scale == 1.0 else taken * scale
+        scaled = taken if options.logit_scale == 1.0 else taken * options.logit_scale
         if shift is None:
             torch.mm(scaled, columns.t(), out=padded)
         else:
             torch.addmm(shift, scaled, columns.t(), out=padded)
-        if low:
-            logits.copy_(product)
-        slope = None
-        if cap is not None:
-            logits.div_(cap).tanh_()
-            slope = logits.square().neg_().add_(1.0) if need_any else None
-            logits.mul_(cap)
-
-        at_target = logits.gather(1, target)[:, 0]
-        mean = logits.mean(dim=1) if smooth else None
-        if correct is not None:
-            torch.eq(logits.argmax(dim=1), target[:, 0], out=correct[part])
-        top, log_sum = _softmax_(logits)
-        torch.add(top, log_sum, out=lse[part])
-        torch.add(top - at_target, log_sum, out=cross_entropy[part])
-        if entropy is not None:
-            torch.sum(torch.special.entr(logits), dim=1, out=entropy[part])
-        row_loss = cross_entropy[part]
-        if mean is not None:
-            row_loss = (1 - smooth) * row_loss + smooth * (top - mean + log_sum)
-        if options.z_loss:
-            row_loss = row_loss + options.z_loss * lse[part].square()
-        loss[part] = row_loss
+        # A low dtype is rounded after the rows' factors are in; otherwise they cost less in the products' other side.
+        row_factor = None if factor is None else factor[part, None]
+        work.run(part, product, target, row_factor if low else None)
         if not need_any:
             continue
-
-        # From here on the buffer holds the gradient of the row's loss by its logits.
-        if options.z_loss:
-            logits.mul_((1 + 2 * options.z_loss * lse[part])[:, None])
-        if smooth:
-            logits.sub_(smooth / vocab)
-        logits.scatter_(1, target, logits.gather(1, target) - (1 - smooth))
-        if slope is not None:
-            logits.mul_(slope)
-        row_factor = None if factor is None else factor[part, None]
         if low:
-            # Rounded once, after the weights: the products below then add in fp32 and round their result once.
-            product.copy_(logits if row_factor is None else logits.mul_(row_factor))
             padded[len(target) :].zero_()
             row_factor = None
-        beta = 0.0 if begin == 0 else 1.0
+        first = begin == 0
         if grad_hidden is not None:
-            step = torch.mm(padded, columns)[: len(target)].to(dtype).mul_(alpha * scale)
+            step = torch.mm(padded, columns)[: len(target)].to(dtype).mul_(alpha)
             if row_factor is not None:
                 step.mul_(row_factor)
             if index is None:
@@ -204,19 +249,18 @@ def sweep(
                 grad_hidden.index_copy_(0, index[part], step.to(hidden.dtype))
         if grad_weight is not None:
             total = grad_weight[:vocab]
-            if low:
-                update = torch.mm(padded.t(), taken)
-                if beta:
-                    total.add_(update, alpha=alpha * scale)
-                else:
-                    total.copy_(update).mul_(alpha * scale)
-            else:
+            if not low:
                 weighted = taken if row_factor is None else taken * row_factor
-                torch.addmm(total, product.t(), weighted, beta=beta, alpha=alpha * scale, out=total)
+                torch.addmm(total, product.t(), weighted, beta=0.0 if first else 1.0, alpha=alpha, out=total)
+            elif first:
+                torch.mul(torch.mm(padded.t(), taken), alpha, out=total)
+            else:
+                total.add_(torch.mm(padded.t(), taken), alpha=alpha)
         if grad_bias is not None:
-            ones = logits.new_ones(len(target)) if row_factor is None else row_factor[:, 0]
-            grad_bias[:vocab].addmv_(product.to(dtype).t(), ones, alpha=alpha * scale)
-    return Sweep(loss, cross_entropy, lse, entropy, correct, (grad_hidden, grad_weight, grad_bias))
+            ones = work.loss.new_ones(len(target)) if row_factor is None else row_factor[:, 0]
+            grad_bias[:vocab].addmv_(product.to(dtype).t(), ones, alpha=alpha)
+    gradients = (grad_hidden, grad_weight, grad_bias)
+    return Sweep(work.loss, work.cross_entropy, work.lse, work.entropy, work.correct, gradients)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

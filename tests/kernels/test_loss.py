@@ -404,11 +404,12 @@ def test_layouts() -> None:
 
 
 def test_chunks_are_even_and_near_the_wanted_size() -> None:
-    assert chunk_rows(1030, 10, 4, 512) == 344
-    assert chunk_rows(512, 10, 4, 512) == 512
-    assert chunk_rows(10**6, 32768, 4, None) <= 64 * 2**20 // (4 * 32768)
-    assert 250 <= chunk_rows(10**5, 128256, 4, None) <= 256
-    assert chunk_rows(0, 10, 4, None) == 0
+    assert chunk_rows(1030, 10, torch.float32, 512) == 344
+    assert chunk_rows(512, 10, torch.float32, 512) == 512
+    assert chunk_rows(10**6, 32768, torch.float32, None) <= 64 * 2**20 // (4 * 32768)
+    assert 250 <= chunk_rows(10**5, 128256, torch.float32, None) <= 256
+    assert 500 <= chunk_rows(10**5, 128256, torch.bfloat16, None) <= 512
+    assert chunk_rows(0, 10, torch.float32, None) == 0
 
 
 @pytest.mark.parametrize(
