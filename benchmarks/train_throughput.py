@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
 GOLDFISH = {"k": 4, "h": 13}
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2}
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 NAMES = ("megafish", "megafish goldfish k=4", "transformers", "litgpt")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -213,6 +213,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     shape, name, weights = job["shape"], job["name"], Path(job["weights"])
     stream = batches(shape, job["warmup"] + job["steps"])
+    if job["check"]:
+        # litgpt adds up and returns its loss in bf16, 0.06 apart near 9: its logits are compared by an fp32 loss.
+        model, _ = build(name, shape, weights, DTYPES[job["dtype"]])
+        with torch.no_grad():
+            logits = model(stream[0][0]).float()
+        return {"loss": float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), stream[0][1].flatten()))}
     if job["engine"] and name.startswith("megafish"):
         step = engine_stepper(shape, weights, job["dtype"], "goldfish" in name)
     else:
@@ -286,12 +292,15 @@ def compare(shape_name: str, dtype: str, options: argparse.Namespace) -> list[li
                     "steps": options.steps,
                     "profile": options.profile,
                     "engine": options.engine,
+                    "check": False,
                 }
                 result = start(job, options.litgpt_python if name == "litgpt" else sys.executable)
                 results[name].append(result)
                 rate = shape["batch"] * shape["length"] / statistics.median(result["seconds"])
                 print(f"{shape_name} {dtype} {name}: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
-    first = {name: found[0]["loss"] for name, found in results.items() if "goldfish" not in name}
+        first = {name: found[0]["loss"] for name, found in results.items() if "goldfish" not in name}
+        if "litgpt" in first:
+            first["litgpt"] = start(job | {"name": "litgpt", "check": True}, options.litgpt_python)["loss"]
     for name, loss in first.items():
         if abs(loss - first["megafish"]) > LOSS_TOLERANCE[dtype] * first["megafish"]:
             raise SystemExit(f"{shape_name} {dtype}: first loss {loss} of {name}, {first['megafish']} of megafish")
