@@ -65,6 +65,8 @@ setup(
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
         "dev": [
+            # torch's CUDA wheel brings its own. For its interpreter and compiler on machines without a GPU.
+            "triton>=3.7; platform_system == 'Linux'",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
