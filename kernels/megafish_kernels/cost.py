@@ -68,7 +68,7 @@ GPUS = (
     Gpu("A100", 312e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet (2021)"),
     Gpu("H100", 989.4e12, 3.35e12, "NVIDIA H100 SXM data sheet (2023): 1,979 TFLOP/s with sparsity"),
     Gpu("H200", 989.4e12, 4.8e12, "NVIDIA H200 SXM data sheet (2024): 1,979 TFLOP/s with sparsity"),
-    Gpu("B200", 2250e12, 8.0e12, "NVIDIA DGX B200 data sheet (2024): 8 GPUs, 36 PFLOP/s with sparsity, 64 TB/s"),
+    Gpu("B200", 2250e12, 8.0e12, "NVIDIA HGX and DGX B200 data sheets: 8 GPUs, 36 PFLOP/s with sparsity, 64 TB/s"),
 )
 
 
@@ -241,8 +241,8 @@ def _store_and_overwrite(
 def liger(shape: Shape, budget: int = 1, copies: bool = False) -> Cost:
     """Liger's fused linear cross-entropy: chunks of next_power_of_2(N / ceil(V / (budget * D))) rows, all rows.
 
-    Its budget constant is 1 (the number of chunks is then about V / D, whatever N), and was 16 for a month in 2026
-    (pull requests 1414 and 1472). `copies` is the head's gradient as a bfloat16 product and its fp32 copy in every
+    Its budget constant is 1 (the number of chunks is then about V / D, whatever N), and was 16 for some weeks of
+    2026 (pull requests 1414 and 1472). `copies` is the head's gradient as a bfloat16 product and its fp32 copy in every
     chunk, before issue 1323 was mended; else the library adds it up in place in bfloat16.
     """
     _, tokens, vocab, dim = shape
