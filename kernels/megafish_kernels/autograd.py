@@ -185,8 +185,8 @@ def _outputs(ctx: Any, loss: Tensor, done: RowLoss) -> tuple[Tensor | None, ...]
 
 def _rows(
     call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_gradient: bool
-) -> tuple[RowLoss, Tensor | None]:
-    """Losses of the compacted rows, and the logits that the backward will use."""
+) -> tuple[RowLoss, Any]:
+    """Losses of the compacted rows, and the triton_loss.KeptLogits that the backward will use, if there are any."""
     options, shard, logits = call.options, call.shard, None
     offset = 0 if shard is None else shard.offset
     if call.triton:
