@@ -1,7 +1,8 @@
 """RMSNorm's Triton kernels. A program holds whole rows: one long one, or a tile of short ones (heads)."""
 
-# The parameters of a jitted function have no types of Python's.
+# Kernels' arguments are the compiler's own values, which have no useful Python types.
 # mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,8 @@
 """The Triton kernel of the rotary embedding: a program turns all heads of a token, queries and keys."""
 
-# The parameters of a jitted function have no types of Python's.
+# Kernels' arguments are the compiler's own values, which have no useful Python types.
 # mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

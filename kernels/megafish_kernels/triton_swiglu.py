@@ -1,7 +1,8 @@
 """SwiGLU's Triton kernels: a program works on a block of columns of one row."""
 
-# The parameters of a jitted function have no types of Python's.
+# Kernels' arguments are the compiler's own values, which have no useful Python types.
 # mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
