@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,10 +42,13 @@ class _Recording:
 _recording: _Recording | None = None
 
 
-@lru_cache(maxsize=1)
+# Looked up once, and not by a cached function: torch.compile warns of those.
+_installed = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """Whether triton can be imported (looked up, not imported)."""
-    return importlib.util.find_spec("triton") is not None
+    return _installed
 
 
 def interpreted() -> bool:
