@@ -64,6 +64,21 @@ def runs_on(device: torch.device) -> bool:
     return (device.type == "cpu" and interpreted()) or (device.type == "meta" and _recording is not None)
 
 
+def uses_triton(backend: str, device: torch.device) -> bool:
+    """Whether a function's `backend` of "auto", "torch" or "triton" means its Triton kernels on this device.
+
+    "auto" leaves the CPU to torch, where the kernels could only be interpreted, and so does it what torch.compile
+    traces, which fuses torch's own operations and cannot look into `launch`.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
+    if backend == "auto":
+        return device.type != "cpu" and not torch.compiler.is_compiling() and runs_on(device)
+    if backend == "triton" and not runs_on(device):
+        raise ValueError(f"backend: triton cannot run on {device} here; it takes a CUDA device, and triton installed")
+    return backend == "triton"
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability times ten: 80 for an A100, 90 for an H100, 100 for a B200. The interpreter counts as 80."""
     if _recording is not None:
@@ -97,7 +112,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _recording is not None:
         _recording.launches.append(_written_down(kernel, grid, args, options, _recording.arch))
         return
-    kernel[grid](*args, **options)
+    # Triton starts kernels on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        kernel[grid](*args, **options)
 
 
 def _written_down(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any, arch: int) -> Launch:
