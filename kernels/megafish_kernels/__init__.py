@@ -5,12 +5,16 @@ from megafish_kernels.goldfish import goldfish_coefficients, goldfish_drop
 from megafish_kernels.loss import LossStats, linear_cross_entropy
 from megafish_kernels.norm import rms_norm
 from megafish_kernels.rope import rotary, rotary_qkv
+from megafish_kernels.rows import KeptRows, compact_rows, goldfish_keep
 from megafish_kernels.swiglu import swiglu
 
 __all__ = [
+    "KeptRows",
     "LossStats",
+    "compact_rows",
     "goldfish_coefficients",
     "goldfish_drop",
+    "goldfish_keep",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",

@@ -18,28 +18,35 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def takes_triton(backend: str, *tensors: torch.Tensor, supported: bool = True) -> bool:
-    """Whether these tensors, all on one device, are worked on by Triton rather than by torch.
+def uses_triton(backend: str, device: torch.device, *, traced: bool = False) -> bool:
+    """Whether a function's `backend` means its Triton kernels for tensors of this device.
 
-    "auto" takes Triton on CUDA (and on meta tensors while launches are recorded), if the tensors' dtypes and sizes
-    (`supported`) allow it. Raises ValueError for "triton" where it cannot run, and for an unknown backend.
+    "auto" takes them on CUDA (and on meta tensors while launches are recorded), and leaves the CPU to torch, where they
+    could only be interpreted. So it does what torch.compile traces, unless the kernels are operators (`traced`): it
+    fuses torch's own operations, and cannot look into a launch. Raises ValueError for "triton" where it cannot run, and
+    for an unknown backend.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend: {backend!r} is not one of auto, triton, torch")
-    device = tensors[0].device
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return False
-    unfit = [tensor.dtype for tensor in tensors if tensor.dtype not in TRITON_DTYPES]
     if backend == "auto":
-        return supported and not unfit and triton_runtime.runs_on(device)
-    if unfit:
-        raise ValueError(f'backend: "triton" takes float32, bfloat16 and float16, got {unfit[0]}')
-    if not triton_runtime.runs_on(device):
+        traceable = traced or not torch.compiler.is_compiling()
+        return device.type != "cpu" and traceable and triton_runtime.runs_on(device)
+    if backend == "triton" and not triton_runtime.runs_on(device):
         raise ValueError(
             f'backend: "triton" cannot run on {device}: it needs the triton package and a CUDA device, or a CPU and '
             'TRITON_INTERPRET=1. Take "auto" or "torch"'
         )
-    return True
+    return backend == "triton"
+
+
+def takes_triton(backend: str, *tensors: torch.Tensor, supported: bool = True) -> bool:
+    """`uses_triton` for operators, whose tensors' dtypes and sizes (`supported`) the kernels must know as well."""
+    if not uses_triton(backend, tensors[0].device, traced=True):
+        return False
+    unfit = [tensor.dtype for tensor in tensors if tensor.dtype not in TRITON_DTYPES]
+    if unfit and backend == "triton":
+        raise ValueError(f'backend: "triton" takes float32, bfloat16 and float16, got {unfit[0]}')
+    return backend == "triton" or (supported and not unfit)
 
 
 def compilable(name: str, shapes: Callable[..., Any]) -> Callable[[_Function], _Function]:

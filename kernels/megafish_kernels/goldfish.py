@@ -8,7 +8,8 @@ Scheme goldfish-v1, frozen: for token i of a document with the h tokens x[i-1] .
 c[0..h] are the first outputs of splitmix64(seed); positions before the document's start contribute 0. This is
 multilinear hashing, strongly universal in its upper 32 bits (Lemire and Kaser 2014, "Strongly universal string hashing
 is fast"): over the seed, every context drops with probability floor(2^32 / k) / 2^32, and any two contexts are
-independent. Only integer arithmetic is used, so that NumPy and torch, on any device, give the same bits.
+independent. Only integer arithmetic is used, so that NumPy, torch on any device, and Triton (triton_mask.py) give the
+same bits.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megafish_kernels.backends import Backend, uses_triton
+
 Window = Literal["preceding", "inclusive"]
 Scheme = Literal["goldfish-v1", "table", "static", "random"]
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 
 _MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 
 _TABLE_SIZE = 1_000_003
 _TABLE_SEED = 2_971_215_073
@@ -40,16 +43,16 @@ _BLOCK = 16_384
 
 def _mix(state: int) -> int:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers."""
-    state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
-    state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+    state = ((state ^ (state >> 30)) * MIX_1) & _MASK
+    state = ((state ^ (state >> 27)) * MIX_2) & _MASK
     return state ^ (state >> 31)
 
 
 @lru_cache(maxsize=64)
 def goldfish_coefficients(seed: int, h: int) -> tuple[int, ...]:
     """c[0] ... c[h] of goldfish-v1: the first h + 1 outputs of splitmix64 seeded with `seed`, as unsigned integers."""
-    seed, h = _whole("seed", seed), _whole("h", h)  # NumPy's integers would overflow below
-    return tuple(_mix((seed + (i + 1) * _GOLDEN) & _MASK) for i in range(h + 1))
+    seed, h = whole("seed", seed), whole("h", h)  # NumPy's integers would overflow below
+    return tuple(_mix((seed + (i + 1) * GOLDEN) & _MASK) for i in range(h + 1))
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +76,7 @@ def goldfish_drop(
     halo: int = 0,
     positions: Array | None = None,
     nonce: int | Array = 0,
+    backend: Backend = "auto",
 ) -> Array:
     """Which tokens are dropped as targets of the loss.
 
@@ -103,28 +107,81 @@ def goldfish_drop(
         positions: integers [..., n], the index of each token in its whole document. Needed where a row begins inside
             a document: by scheme static, and by goldfish-v1 if min_context is above `halo`.
         nonce: another integer is another draw; one for all, or one a row ([...]). Scheme random only.
+        backend: what computes a tensor's mask; the bits are the same. "triton", scheme goldfish-v1 alone, reads int32
+            and int64 tokens as they are and casts other integers first. "auto" takes it where it can be started on a
+            GPU's tensors and leaves the rest to "torch", which torch.compile fuses. NumPy arrays take "auto" only.
 
     Returns:
         bool [..., n], True where the token is dropped as a target.
 
     Raises:
-        ValueError: an argument is out of range, has the wrong shape, or does not go with the scheme.
+        ValueError: an argument is out of range, has the wrong shape, type or device, or does not go with the scheme.
+            Values inside tensors (negative ids, a k of 1) are looked at on the CPU alone: reading them would make the
+            host wait for another device. There, and under torch.compile, a negative id is undefined and k = 1 is 0.
         IndexError: an id lies outside `exempt` or `canonical` (tensors on a CPU; undefined on other devices).
     """
+    options = checked_options(
+        tokens,
+        k=k,
+        h=h,
+        seed=seed,
+        window=window,
+        min_context=min_context,
+        scheme=scheme,
+        document_starts=document_starts,
+        exempt=exempt,
+        canonical=canonical,
+        halo=halo,
+        positions=positions,
+        nonce=nonce,
+    )
+    if not isinstance(tokens, Tensor):
+        if backend != "auto":
+            raise ValueError(f"backend: {backend!r} is for tensors, and tokens are a NumPy array; leave it out")
+        return _drop_numpy(np.asarray(tokens), **options)
+    if on_triton(backend, tokens, scheme, options["k"]):
+        from megafish_kernels import triton_mask
+
+        return triton_mask.drop(tokens, **triton_options(tokens, options))
+    return _drop_torch(tokens, **options)
+
+
+def checked_options(
+    tokens: Any,
+    *,
+    k: Any,
+    h: Any,
+    seed: Any,
+    window: str,
+    min_context: Any,
+    scheme: str,
+    document_starts: Any,
+    exempt: Any,
+    canonical: Any,
+    halo: Any,
+    positions: Any,
+    nonce: Any,
+) -> dict[str, Any]:
+    """The arguments of `goldfish_drop`, checked as far as they can be without looking into arrays; as they are used."""
     # Checks and arithmetic below are those of Python's integers: nothing else may pass for one.
     if k is not None and not getattr(k, "ndim", 0):
-        k = _whole("k", k)
+        k = whole("k", k)
     if not getattr(nonce, "ndim", 0):
-        nonce = _whole("nonce", nonce)
-    h, seed, halo = _whole("h", h), _whole("seed", seed), _whole("halo", halo)
-    min_context = None if min_context is None else _whole("min_context", min_context)
+        nonce = whole("nonce", nonce)
+    h, seed, halo = whole("h", h), whole("seed", seed), whole("halo", halo)
+    min_context = None if min_context is None else whole("min_context", min_context)
     _check_options(k, h, seed, window, min_context, scheme, canonical, halo, nonce)
     shape = tuple(tokens.shape)
     if not shape:
         raise ValueError("tokens: expected at least one dimension, got a scalar")
-    for name, array in (("document_starts", document_starts), ("positions", positions)):
-        if array is not None and tuple(array.shape) != shape:
-            raise ValueError(f"{name}: shape {tuple(array.shape)} must equal that of tokens, {shape}")
+    if _kind(tokens) != "integers":
+        raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
+    _check_array(tokens, "document_starts", document_starts, "bool", shape)
+    _check_array(tokens, "positions", positions, "integers", shape)
+    _check_array(tokens, "exempt", exempt, "bool")
+    _check_array(tokens, "canonical", canonical, "integers")
+    if k is not None and not isinstance(k, int):
+        _check_k(tokens, k)
     reach = h if window == "preceding" else h - 1
     context = reach if min_context is None else min_context
     if scheme == "goldfish-v1":
@@ -134,8 +191,7 @@ def goldfish_drop(
             raise ValueError(f"positions: needed, since min_context {context} looks further back than the halo {halo}")
     if scheme == "static" and halo > 0 and positions is None:
         raise ValueError("positions: needed by scheme static with a halo, since rows may begin inside a document")
-
-    options: dict[str, Any] = {
+    return {
         "k": k,
         "h": h,
         "seed": seed,
@@ -149,12 +205,9 @@ def goldfish_drop(
         "positions": positions,
         "nonce": nonce,
     }
-    if isinstance(tokens, Tensor):
-        return _drop_torch(tokens, **options)
-    return _drop_numpy(np.asarray(tokens), **options)
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
     """A scalar as a Python integer; anything that is not an integer, such as 2.5, is refused rather than rounded."""
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
         value = value.item()
@@ -162,6 +215,67 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def _kind(array: Any) -> str:
+    """integers, bool or floats (all else)."""
+    if isinstance(array, Tensor):
+        if array.dtype == torch.bool:
+            return "bool"
+        return "floats" if array.is_floating_point() or array.is_complex() else "integers"
+    return {"b": "bool", "i": "integers", "u": "integers"}.get(array.dtype.kind, "floats")
+
+
+def _check_array(tokens: Any, name: str, array: Any, kind: str, shape: tuple[int, ...] | None = None) -> None:
+    """An array of the kind and device of `tokens`, with `kind` in it; of this shape, or with None of one dimension."""
+    if array is None:
+        return
+    tensor = isinstance(tokens, Tensor)
+    if not isinstance(array, Tensor if tensor else np.ndarray):
+        wanted = "a tensor" if tensor else "a NumPy array"
+        raise ValueError(f"{name}: expected {wanted} as tokens are, got {type(array).__name__}")
+    if tensor and array.device != tokens.device:
+        raise ValueError(f"{name}: on {array.device}, but tokens are on {tokens.device}; move it there once")
+    if _kind(array) != kind:
+        raise ValueError(f"{name}: expected {kind}, got {array.dtype}")
+    if shape is not None and tuple(array.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(array.shape)} must equal that of tokens, {shape}")
+    if shape is None and array.ndim != 1:
+        raise ValueError(f"{name}: shape {tuple(array.shape)}; expected one entry for each id of the vocabulary")
+
+
+def _check_k(tokens: Any, k: Any) -> None:
+    """An array of k, as far as the values do not matter."""
+    _check_array(tokens, "k", k, "integers", tuple(k.shape))
+    shape, full = tuple(k.shape), tuple(tokens.shape)
+    pairs = zip(reversed(shape), reversed(full), strict=False)
+    if len(shape) > len(full) or any(size not in (1, wide) for size, wide in pairs):
+        raise ValueError(f"k: shape {shape} does not broadcast to that of tokens, {full}")
+
+
+def _check_ks(smallest: int, any_one: bool) -> None:
+    if smallest < 0 or any_one:
+        raise ValueError("k: each must be at least 2, or 0 for no drops")
+
+
+def on_triton(backend: Backend, tokens: Tensor, scheme: Scheme, k: Any) -> bool:
+    """Whether `backend` means the Triton kernel for these tokens."""
+    if scheme != "goldfish-v1" and backend == "triton":
+        raise ValueError(f"backend: triton has no scheme {scheme}; use auto or torch")
+    chosen = uses_triton(backend, tokens.device) and scheme == "goldfish-v1" and k is not None
+    # There is nothing to start for an empty batch, and the kernel counts a row's columns in an int32.
+    return chosen and tokens.numel() > 0 and tokens.shape[-1] < 2**30
+
+
+def triton_options(tokens: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """What the Triton kernel takes of `checked_options`, after the look at the values where that is free."""
+    _check_values_torch(tokens, options["k"])
+    if looked_at(tokens):
+        exempt, highest = options["exempt"], int(tokens.long().max())
+        if exempt is not None and highest >= len(exempt):
+            raise IndexError(f"exempt: id {highest} lies outside its {len(exempt)} entries")
+        _check_first(options["h"] - 1 + options["first"], options["halo"], options["positions"])
+    return {name: value for name, value in options.items() if name not in ("scheme", "nonce")}
 
 
 def _check_options(
@@ -210,8 +324,6 @@ def _drop_numpy(
     positions: Any,
     nonce: Any,
 ) -> npt.NDArray[np.bool_]:
-    if tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
     n = tokens.shape[-1]
     if k is None or tokens.size == 0:
         return np.zeros(tokens.shape, dtype=bool)
@@ -219,8 +331,7 @@ def _drop_numpy(
         raise ValueError(f"tokens: id {int(tokens.min())} is negative")
     ks = np.asarray(k)
     if ks.ndim:
-        _check_k_shape(tuple(ks.shape), tokens.shape)
-        _check_ks(ks.dtype.kind in "iu", int(ks.min()), bool((ks == 1).any()))
+        _check_ks(int(ks.min()), bool((ks == 1).any()))
         ks = np.broadcast_to(ks, tokens.shape)
 
     ids = tokens if canonical is None else np.take(canonical, tokens)
@@ -247,27 +358,14 @@ def _drop_numpy(
         draws = np.asarray(nonce).astype(np.uint64)[..., None]
         if draws.ndim > 1 and draws.shape[:-1] != tokens.shape[:-1]:
             raise ValueError(f"nonce: shape {draws.shape[:-1]} must be that of the rows, {tokens.shape[:-1]}")
-        row = _mix_numpy(np.uint64(seed) + np.uint64(_GOLDEN) * (draws + np.uint64(1)))
+        row = _mix_numpy(np.uint64(seed) + np.uint64(GOLDEN) * (draws + np.uint64(1)))
         index = np.arange(1 - halo, n - halo + 1).astype(np.uint64)
-        drop = _mix_numpy(row + np.uint64(_GOLDEN) * index) < _threshold_numpy(ks)
+        drop = _mix_numpy(row + np.uint64(GOLDEN) * index) < _threshold_numpy(ks)
         drop = np.array(np.broadcast_to(drop, tokens.shape))
     drop[..., :halo] = False
     if exempt is not None:
         drop &= ~np.take(exempt, tokens)
     return drop
-
-
-def _check_k_shape(shape: tuple[int, ...], tokens: tuple[int, ...]) -> None:
-    pairs = zip(reversed(shape), reversed(tokens), strict=False)
-    if len(shape) > len(tokens) or any(size not in (1, whole) for size, whole in pairs):
-        raise ValueError(f"k: shape {shape} does not broadcast to that of tokens, {tokens}")
-
-
-def _check_ks(integers: bool, smallest: int, any_one: bool) -> None:
-    if not integers:
-        raise ValueError("k: expected integers")
-    if smallest < 0 or any_one:
-        raise ValueError("k: each must be at least 2, or 0 for no drops")
 
 
 def _check_first(reach: int, halo: int, positions: Any) -> None:
@@ -303,8 +401,8 @@ def _rate_numpy(ks: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.
 
 
 def _mix_numpy(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(MIX_1)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(MIX_2)
     return state ^ (state >> np.uint64(31))
 
 
@@ -378,6 +476,22 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+def looked_at(tensor: Tensor) -> bool:
+    """Whether its values are checked: another device's queue would stall, and a graph under compilation break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_values_torch(tokens: Tensor, k: int | Tensor) -> None:
+    if not looked_at(tokens):
+        return
+    # int64, since torch's other unsigned types lack most operations.
+    lowest = int(tokens.long().min())
+    if lowest < 0:
+        raise ValueError(f"tokens: id {lowest} is negative")
+    if isinstance(k, Tensor):
+        _check_ks(int(k.long().min()), bool((k.long() == 1).any()))
+
+
 def _drop_torch(
     tokens: Tensor,
     *,
@@ -394,28 +508,19 @@ def _drop_torch(
     positions: Any,
     nonce: Any,
 ) -> Tensor:
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
     device, n = tokens.device, tokens.shape[-1]
     if k is None or tokens.numel() == 0:
         return torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+    _check_values_torch(tokens, k)
     ids = tokens.long()
-    # Looking at values would stall another device's queue, so they are checked on the CPU alone.
-    if device.type == "cpu" and int(ids.min()) < 0:
-        raise ValueError(f"tokens: id {int(ids.min())} is negative")
     ks = torch.as_tensor(k, device=device)
     if ks.dim():
-        _check_k_shape(tuple(ks.shape), tuple(tokens.shape))
-        integers = not (ks.is_floating_point() or ks.is_complex() or ks.dtype == torch.bool)
         # int64 before any arithmetic: 2^32 // k and the shift overflow narrower types.
-        ks = ks.long()
-        if device.type == "cpu":
-            _check_ks(integers, int(ks.min()), bool((ks == 1).any()))
-        elif not integers:
-            _check_ks(False, 0, False)
-        ks = ks.expand(tokens.shape)
+        ks = ks.long().expand(tokens.shape)
 
-    hashed = ids if canonical is None else canonical.to(device).long()[ids]
+    hashed = ids if canonical is None else canonical.long()[ids]
+    # torch would cut the number that it compares narrower positions with.
+    positions = None if positions is None else positions.long()
     index = torch.arange(n, device=device)
     if scheme == "goldfish-v1" or (scheme == "static" and positions is None):
         if starts is not None:
@@ -430,9 +535,10 @@ def _drop_torch(
         depth = index - torch.where(marks, index, -h - 1).cummax(dim=-1).values
 
     if scheme == "goldfish-v1":
-        if device.type == "cpu":
+        if looked_at(tokens):
             _check_first(reach=h - 1 + first, halo=halo, positions=positions)
-        c = goldfish_coefficients(seed, h)
+        # Past the cache, which torch.compile cannot trace.
+        c = goldfish_coefficients.__wrapped__(seed, h)
         # Adding 2^63 turns the unsigned order of keys into the signed order of int64.
         key = torch.full(tokens.shape, _signed(c[0] + 2**63), dtype=torch.int64, device=device)
         for j in range(1, h + 1):
@@ -458,12 +564,12 @@ def _drop_torch(
         draws = torch.as_tensor(nonce, device=device).long()[..., None]
         if draws.dim() > 1 and draws.shape[:-1] != tokens.shape[:-1]:
             raise ValueError(f"nonce: shape {tuple(draws.shape[:-1])} must be that of the rows")
-        row = _mix_torch(_signed(seed) + _signed(_GOLDEN) * (draws + 1))
-        key = _mix_torch(row + _signed(_GOLDEN) * (index + 1 - halo))
+        row = _mix_torch(_signed(seed) + _signed(GOLDEN) * (draws + 1))
+        key = _mix_torch(row + _signed(GOLDEN) * (index + 1 - halo))
         drop = (key + _signed(2**63) < _threshold_torch(ks)).expand(tokens.shape).clone()
     drop[..., :halo] = False
     if exempt is not None:
-        drop &= ~exempt.to(device)[ids]
+        drop &= ~exempt[ids]
     return drop
 
 
@@ -475,6 +581,6 @@ def _threshold_torch(ks: Tensor) -> Tensor:
 
 def _mix_torch(state: Tensor) -> Tensor:
     """splitmix64's finaliser on int64: the arithmetic shift's copies of the sign are masked away."""
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_MIX_1)
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(_MIX_2)
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(MIX_1)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(MIX_2)
     return state ^ ((state >> 31) & (2**33 - 1))

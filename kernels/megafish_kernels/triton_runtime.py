@@ -99,7 +99,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _recording is not None:
         _recording.launches.append(_written_down(kernel, grid, args, options, _recording.arch))
         return
-    kernel[grid](*args, **options)
+    # Triton starts kernels on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        kernel[grid](*args, **options)
 
 
 def _written_down(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any, arch: int) -> Launch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,51 @@ def test_table_of_the_published_generator() -> None:
     assert not both(zeros, k=5, h=13, scheme="table").any()
 
 
+def mersenne_floats(seed: int, count: int) -> np.ndarray:
+    """float32 in [0, 1) from the lowest 24 bits of MT19937's outputs: what a published table of a CPU consists of."""
+    generator: Any = np.random.RandomState(seed)._bit_generator  # type: ignore[attr-defined]
+    return ((generator.random_raw(count) & (2**24 - 1)) / 2**24).astype(np.float32)
+
+
+def test_table_against_a_second_reading_of_the_published_code() -> None:
+    # Nothing of torch or of the library: its own generator, whole products in Python's integers, cut to 64 bits at the
+    # end, and a remainder with the sign of the divisor.
+    table = mersenne_floats(2971215073, 1_000_003)
+    assert [f"{value:.5f}" for value in table[:2]] == ["0.23368", "0.44126"]
+    rng = np.random.default_rng(20)
+    negative = collapsed = 0
+    for _ in range(60):
+        h, n, highest = int(rng.integers(1, 65)), int(rng.integers(1, 150)), int(rng.choice([3, 1000, 131072, 2**31]))
+        tokens = rng.integers(0 if rng.random() < 0.3 else 1, highest, (2, n))
+        ks = rng.choice([0, 2, 3, 4, 5, 8, 50], (2, n) if rng.random() < 0.5 else (2, 1))
+        table_of_ids = rng.integers(1, 60, highest) if highest < 2000 and rng.random() < 0.5 else None
+        exempt = rng.random(highest) < 0.2 if highest < 2000 and rng.random() < 0.5 else None
+        expected = np.zeros((2, n), dtype=bool)
+        for row in range(2):
+            ids = [int(token) if table_of_ids is None else int(table_of_ids[token]) for token in tokens[row]]
+            for last in range(h - 1, n):
+                product = math.prod(ids[last - h + 1 : last + 1]) % 2**64
+                signed = product - 2**64 * (product >= 2**63)
+                negative, collapsed = negative + (signed < 0), collapsed + (signed == 0)
+                k = int(np.broadcast_to(ks, (2, n))[row, last])
+                expected[row, last] = k > 0 and table[signed - 1_000_003 * (signed // 1_000_003)] < np.float32(1 / k)
+        if exempt is not None:
+            expected &= ~exempt[tokens]
+        kind = rng.choice(["int32", "int64"]) if highest < 2**31 else "int64"
+        given = tokens.astype(kind)
+        np.testing.assert_array_equal(
+            both(given, k=ks, h=h, scheme="table", canonical=table_of_ids, exempt=exempt), expected
+        )
+    assert negative > 1000 and collapsed > 100
+
+
+@pytest.mark.parametrize(("h", "rate"), [(50, 0.0161), (64, 0.0069)])
+def test_table_drops_as_rarely_as_the_published_code(h: int, rate: float) -> None:
+    # Wide windows have products of 0 mod 2^64, which share table[0] = 0.234: never dropped at k = 50, which wants 0.02.
+    tokens = np.random.default_rng(21).integers(1, 131072, 1_000_000)
+    assert abs(goldfish_drop(tokens, k=50, h=h, scheme="table").mean() - rate) < 0.001
+
+
 def test_static_counts_in_the_document() -> None:
     starts = np.isin(np.arange(14), [5])
     drop = both(np.zeros(14, dtype=np.int64), k=3, scheme="static", document_starts=starts)
@@ -384,6 +430,12 @@ def test_small_shapes(scheme: Any, shape: tuple[int, ...]) -> None:
         ({"scheme": "random", "nonce": np.array([1, 2])}, "nonce: shape"),
         ({"document_starts": np.zeros(3, dtype=bool)}, "document_starts: shape"),
         ({"positions": np.arange(3, 7)}, "positions: a row begins inside"),
+        ({"positions": np.zeros(4)}, "positions: expected integers, got .*float64"),
+        ({"document_starts": np.zeros(4, dtype=np.int64)}, "document_starts: expected bool, got .*int64"),
+        ({"exempt": np.zeros(5, dtype=np.uint8)}, "exempt: expected bool, got .*uint8"),
+        ({"exempt": np.zeros((5, 1), dtype=bool)}, r"exempt: shape \(5, 1\)"),
+        ({"canonical": np.zeros(5)}, "canonical: expected integers"),
+        ({"k": np.array([2.0, 2.0, 2.0, 2.0])}, "k: expected integers"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], word: str) -> None:
@@ -391,6 +443,14 @@ def test_mistakes_are_named(options: dict[str, Any], word: str) -> None:
         given = {key: make(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
         with pytest.raises(ValueError, match=word):
             goldfish_drop(make([1, 2, 3, 4]), **{"k": 2, **given})
+
+
+def test_arrays_are_of_the_kind_of_the_tokens() -> None:
+    tokens = np.arange(4)
+    with pytest.raises(ValueError, match="document_starts: expected a NumPy array as tokens are, got Tensor"):
+        goldfish_drop(tokens, k=2, document_starts=torch.zeros(4, dtype=torch.bool))  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="exempt: expected a tensor as tokens are, got ndarray"):
+        goldfish_drop(torch.from_numpy(tokens), k=2, exempt=np.zeros(4, dtype=bool))  # type: ignore[type-var]
 
 
 def test_negative_and_floating_ids_are_refused() -> None:
