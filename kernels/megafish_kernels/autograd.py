@@ -33,6 +33,8 @@ class Call:
     """integers [n]: the kept rows of the batch. None: all of them."""
     count: int | Tensor
     """How many of the n are kept tokens: all, n, or a 0-d int32 tensor that only the device has read."""
+    size: int
+    """Rows of the batch, dropped ones too."""
     row_weight: Tensor | None
     """[n] in the dtype of the reductions, 0 past the count."""
     scale: Tensor | None
@@ -41,6 +43,15 @@ class Call:
     triton: bool = False
     shard: Shard | None = None
     main_grad: Tensor | None = None
+
+    @property
+    def function(self) -> type[OnePass] | type[TwoPass]:
+        """The way that this call goes."""
+        return OnePass if self.scale is not None and self.shard is None and not self.triton else TwoPass
+
+    def shaped(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Values of kept rows -> of all tokens, in the targets' shape, 0 (False) at the others; differentiable."""
+        return spread(values, self.index, self.count, self.size).reshape(shape)
 
     def needs(self, ctx: Any) -> tuple[bool, bool, bool]:
         """Whether the gradient of hidden, weight, bias will be asked for."""
@@ -140,14 +151,14 @@ class TwoPass(torch.autograd.Function):
             taken, weight = taken.contiguous(), weight.contiguous()
             done, logits = _rows(call, taken, weight, bias, any(needs))
             loss = call.reduced(done.loss)
-        ctx.save_for_backward(taken, weight, bias, call.targets, call.index, call.row_weight, call.scale, done.lse)
-        ctx.call, ctx.needs, ctx.size, ctx.logits = call, needs, full.shape[0], logits
+        ctx.save_for_backward(taken, weight, bias, call.targets, call.row_weight, call.scale, done.lse)
+        ctx.call, ctx.needs, ctx.logits = call, needs, logits
         return _outputs(ctx, loss, done)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        taken, weight, bias, targets, index, row_weight, scale, lse = ctx.saved_tensors
+        taken, weight, bias, targets, row_weight, scale, lse = ctx.saved_tensors
         call: Call = ctx.call
         # Used up: a second backward through a retained graph computes all logits anew.
         logits, ctx.logits = ctx.logits, None
@@ -167,7 +178,7 @@ class TwoPass(torch.autograd.Function):
             else:
                 rows = Rows(taken, local, None, factors)
                 gradients = torch_backend.gradients(rows, weight, bias, call.options, lse, ctx.needs)
-            grad_hidden = _whole(gradients.hidden, call, index, ctx.size, taken.dtype)
+            grad_hidden = _whole(gradients.hidden, call, taken.dtype)
         gradients = Gradients(grad_hidden, gradients.weight, gradients.bias)
         return call.handed_over(gradients, taken, weight, bias)
 
@@ -221,13 +232,14 @@ def _rows(call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_g
     return RowLoss(*map(only_real, facts)), logits  # type: ignore[arg-type]
 
 
-def _whole(gradient: Tensor | None, call: Call, index: Tensor | None, size: int, dtype: torch.dtype) -> Tensor | None:
+def _whole(gradient: Tensor | None, call: Call, dtype: torch.dtype) -> Tensor | None:
     """The gradient of the compacted hidden states, this rank's share of it -> that of the hidden states as given."""
     if gradient is None:
         return None
-    if call.shard is None or not call.shard.sequence_sharded:
-        if call.shard is not None:
-            # Compacted and in fp32: dropped rows are not sent.
-            call.shard.add_up(gradient)
-        return spread(gradient.to(dtype), index, call.count, size)
-    return call.shard.add_up_own(spread(gradient, index, call.count, size).contiguous()).to(dtype)
+    shard = call.shard
+    if shard is not None and shard.sequence_sharded:
+        return shard.add_up_own(spread(gradient, call.index, call.count, call.size).contiguous()).to(dtype)
+    if shard is not None:
+        # Compacted and in fp32: dropped rows are not sent.
+        shard.add_up(gradient)
+    return spread(gradient.to(dtype), call.index, call.count, call.size)

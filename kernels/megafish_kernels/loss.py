@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafish_kernels.autograd import Call, OnePass, TwoPass, spread
+from megafish_kernels import compiled
+from megafish_kernels.autograd import Call
 from megafish_kernels.backends import Backend, takes_triton
+from megafish_kernels.checks import check_companions, check_ids, check_options, check_tensors
 from megafish_kernels.rows import KeptRows, compact_rows
 from megafish_kernels.shard import Shard, own_columns
 from megafish_kernels.torch_backend import Options, reduction_dtype
@@ -110,7 +112,7 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
             looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
-    _check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, return_stats)
+    check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, return_stats)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
     if vocab_size is None:
@@ -124,8 +126,8 @@ def linear_cross_entropy(
         shard = Shard(group, vocab_start, sequence_sharded)
     elif vocab_start or sequence_sharded:
         raise ValueError("vocab_start, sequence_sharded: mean nothing without a group")
-    _check_tensors(hidden, weight, targets, bias, shard)
-    _check_companions(weight, targets, token_weight, drop, rows, main_grad)
+    check_tensors(hidden, weight, targets, bias, shard)
+    check_companions(weight, targets, token_weight, drop, rows, main_grad)
     if not 1 <= vocab_size <= (weight.shape[0] if shard is None else 2**24):
         bound = f"the {weight.shape[0]} rows of weight" if shard is None else "2^24"
         raise ValueError(f"vocab_size: {vocab_size} must be at least 1 and at most {bound}")
@@ -141,30 +143,6 @@ def linear_cross_entropy(
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
     use_triton = _use_triton(backend, hidden)
-    dtype = reduction_dtype(hidden.dtype)
-
-    flat = targets.reshape(-1).long()
-    weights = None if token_weight is None else token_weight.detach().reshape(-1).to(dtype)
-    index, count = _kept_rows(flat, weights, ignore_index, drop, rows, use_triton)
-    kept = flat if index is None else flat.index_select(0, index)
-    kept_weights = weights if index is None or weights is None else weights.index_select(0, index)
-    if isinstance(count, Tensor):
-        real = torch.arange(kept.shape[0], device=device) < count
-        kept = torch.where(real, kept, 0)
-        kept_weights = real.to(dtype) if kept_weights is None else torch.where(real, kept_weights, 0)
-    _check_ids(kept, vocab_size)
-
-    scale: Tensor | None = None
-    if reduction == "sum":
-        scale = torch.ones((), dtype=dtype)
-    elif reduction == "mean":
-        if denominator is not None:
-            total = torch.as_tensor(denominator).detach()
-        elif kept_weights is not None:
-            total = kept_weights.sum()
-        else:
-            total = torch.tensor(float(kept.shape[0]))
-        scale = total.to(dtype).reciprocal()
 
     options = Options(
         vocab_size=vocab_size,
@@ -175,32 +153,22 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         logits_bytes=logits_bytes,
         stats=return_stats is True,
+        dtype=reduction_dtype(hidden.dtype),
     )
-    call = Call(
-        options=options,
-        targets=kept,
-        index=index,
-        count=count,
-        row_weight=kept_weights,
-        scale=scale,
-        grad_enabled=torch.is_grad_enabled(),
-        triton=use_triton,
-        shard=shard,
-        main_grad=main_grad,
-    )
-    function = OnePass if scale is not None and shard is None and not use_triton else TwoPass
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    loss, *facts = function.apply(flat_hidden, weight, bias, call)
-
-    def shaped(values: Tensor) -> Tensor:
-        """Per kept token -> shaped like the targets, 0 at all others; differentiable."""
-        return spread(values, index, count, flat.shape[0]).reshape(targets.shape)
-
-    if reduction == "none":
-        loss = shaped(loss)
+    selection = (targets, token_weight, drop, rows, ignore_index, reduction, denominator, options, use_triton)
+    if torch.compiler.is_compiling():
+        if shard is not None or main_grad is not None:
+            raise ValueError("group, main_grad: not within torch.compile; call from a function that is kept out of it")
+        loss, cross_entropy, lse, entropy, correct = compiled.run(hidden, weight, bias, *selection)
+    else:
+        call = make_call(*selection, shard, main_grad)
+        outputs = call.function.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
+        loss = call.shaped(outputs[0], targets.shape) if reduction == "none" else outputs[0]
+        cross_entropy, lse, entropy, correct = (
+            None if fact is None else call.shaped(fact, targets.shape) for fact in outputs[1:]
+        )
     if not return_stats:
         return loss
-    cross_entropy, lse, entropy, correct = (None if fact is None else shaped(fact) for fact in facts)
     dropped = None
     if audit_dropped:
         assert drop is not None
@@ -234,6 +202,57 @@ def _use_triton(backend: Backend, hidden: Tensor) -> bool:
     return takes_triton(backend, hidden)
 
 
+def make_call(
+    targets: Tensor,
+    token_weight: Tensor | None,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    ignore_index: int,
+    reduction: str,
+    denominator: float | Tensor | None,
+    options: Options,
+    triton: bool,
+    shard: Shard | None = None,
+    main_grad: Tensor | None = None,
+) -> Call:
+    """The kept rows, their targets and weights, and the scale of their sum; arguments as in linear_cross_entropy."""
+    dtype = options.dtype
+    flat = targets.reshape(-1).long()
+    weights = None if token_weight is None else token_weight.detach().reshape(-1).to(dtype)
+    index, count = _kept_rows(flat, weights, ignore_index, drop, rows, triton)
+    kept = flat if index is None else flat.index_select(0, index)
+    kept_weights = weights if index is None or weights is None else weights.index_select(0, index)
+    if isinstance(count, Tensor):
+        real = torch.arange(kept.shape[0], device=kept.device) < count
+        kept = torch.where(real, kept, 0)
+        kept_weights = real.to(dtype) if kept_weights is None else torch.where(real, kept_weights, 0)
+    check_ids(kept, options.vocab_size)
+    scale: Tensor | None = None
+    if reduction == "sum":
+        scale = torch.ones((), dtype=dtype)
+    elif reduction == "mean":
+        if denominator is not None:
+            total = torch.as_tensor(denominator).detach()
+        elif kept_weights is not None:
+            total = kept_weights.sum()
+        else:
+            total = torch.tensor(float(kept.shape[0]))
+        scale = total.to(dtype).reciprocal()
+    return Call(
+        options=options,
+        targets=kept,
+        index=index,
+        count=count,
+        size=flat.shape[0],
+        row_weight=kept_weights,
+        scale=scale,
+        grad_enabled=torch.is_grad_enabled(),
+        triton=triton,
+        shard=shard,
+        main_grad=main_grad,
+    )
+
+
 def _kept_rows(
     flat: Tensor,
     weights: Tensor | None,
@@ -258,101 +277,3 @@ def _kept_rows(
     if isinstance(count, Tensor):
         return index, count
     return (None if count == flat.shape[0] else index), count
-
-
-def _check_ids(kept: Tensor, vocab_size: int) -> None:
-    """Targets of kept tokens lie in the vocabulary."""
-    if kept.device.type == "cpu":
-        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab_size):
-            wrong = kept[(kept < 0) | (kept >= vocab_size)][0]
-            raise ValueError(f"targets: id {int(wrong)} is outside the vocabulary of {vocab_size}")
-    elif kept.device.type == "cuda":
-        torch._assert_async(((kept >= 0) & (kept < vocab_size)).all(), "targets: an id is outside the vocabulary")
-
-
-def _check_options(
-    denominator: float | Tensor | None,
-    reduction: str,
-    z_loss: float,
-    label_smoothing: float,
-    softcap: float | None,
-    logits_bytes: int | None,
-    return_stats: bool | str,
-) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r} is not one of mean, sum, none")
-    if denominator is not None and reduction != "mean":
-        raise ValueError(f'denominator: goes with reduction "mean" alone, got {reduction!r}')
-    if isinstance(denominator, Tensor) and denominator.dim() != 0:
-        raise ValueError(f"denominator: expected a 0-d tensor, got shape {tuple(denominator.shape)}")
-    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
-        raise ValueError(f"denominator: {denominator} must be above 0")
-    if z_loss < 0:
-        raise ValueError(f"z_loss: {z_loss} must be at least 0")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: {softcap} must be above 0")
-    if logits_bytes is not None and logits_bytes < 1:
-        raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
-    if return_stats not in (False, True, "loss"):
-        raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(
-            f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
-            "forward of the module that owns it: call this there)"
-        )
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden: expected [..., {weight.shape[1]}] as weight has it, got {tuple(hidden.shape)}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected a floating-point dtype, got {hidden.dtype}")
-    tokens = tuple(hidden.shape[:-1])
-    if shard is not None and shard.sequence_sharded:
-        if not tokens:
-            raise ValueError("hidden: sequence_sharded needs a dimension of tokens")
-        tokens = (tokens[0] * shard.size, *tokens[1:])
-    if tuple(targets.shape) != tokens:
-        raise ValueError(f"targets: expected shape {tokens}, got {tuple(targets.shape)}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets: expected integers, got {targets.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {hidden.device}")
-
-
-def _check_companions(
-    weight: Tensor,
-    targets: Tensor,
-    token_weight: Tensor | None,
-    drop: Tensor | None,
-    rows: KeptRows | None,
-    main_grad: Tensor | None,
-) -> None:
-    for name, tensor in (("token_weight", token_weight), ("drop", drop)):
-        if tensor is not None and tensor.shape != targets.shape:
-            raise ValueError(f"{name}: expected shape {tuple(targets.shape)}, got {tuple(tensor.shape)}")
-    if drop is not None and drop.dtype != torch.bool:
-        raise ValueError(f"drop: expected bool, got {drop.dtype}")
-    if rows is not None:
-        if drop is not None:
-            raise ValueError("rows: say already which tokens are kept; leave drop out")
-        if rows.index.dim() != 1 or rows.index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"rows: expected an index int32 [N], got {rows.index.dtype} {tuple(rows.index.shape)}")
-        if not isinstance(rows.count, Tensor) and rows.count != rows.index.shape[0]:
-            raise ValueError(f"rows: the count {rows.count} must be the {rows.index.shape[0]} entries of the index")
-    if main_grad is not None:
-        if main_grad.shape != weight.shape or main_grad.dtype != torch.float32:
-            raise ValueError(
-                f"main_grad: expected fp32 {tuple(weight.shape)}, got {main_grad.dtype} {tuple(main_grad.shape)}"
-            )
-        if not main_grad.is_contiguous():
-            raise ValueError("main_grad: must be contiguous")
-    found = () if rows is None else tuple(("rows", tensor) for tensor in rows if isinstance(tensor, Tensor))
-    for name, tensor in (("token_weight", token_weight), ("drop", drop), ("main_grad", main_grad), *found):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {weight.device}")

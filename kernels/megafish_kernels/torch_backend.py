@@ -47,6 +47,8 @@ class Options:
     logits_bytes: int | None = None
     stats: bool = False
     """Entropy and accuracy are wanted, which cost passes of their own."""
+    dtype: torch.dtype = torch.float32
+    """Of sums and losses."""
 
     @property
     def fields(self) -> Fields:

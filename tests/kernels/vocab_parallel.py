@@ -19,7 +19,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"z_loss": 0.02, "label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 1.7},
 }
-COLLECTIVES: list[str] = []
+collectives: list[str] = []
 
 
 class Counting(TorchDispatchMode):
@@ -27,7 +27,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            COLLECTIVES.append(func._opname)
+            collectives.append(func._opname)
         return func(*args, **(kwargs or {}))
 
 
@@ -50,7 +50,7 @@ def run(backend: str, reduction: str, extra: str, sequence_sharded: bool, device
     begin, end = BOUNDS[size][rank], BOUNDS[size][rank + 1]
     own = slice(rank * N // size, (rank + 1) * N // size) if sequence_sharded else slice(None)
     shard = [tensor.clone().requires_grad_() for tensor in (hidden[own], weight[begin:end], bias[begin:end])]
-    COLLECTIVES.clear()
+    collectives.clear()
     small = Tile(32, 16, 16, 1, 1)
     with override(LossTiles(small, small, small)), Counting():
         loss, stats = linear_cross_entropy(
@@ -66,7 +66,7 @@ def run(backend: str, reduction: str, extra: str, sequence_sharded: bool, device
             **options,
         )
     gathers = 2 if sequence_sharded else 1
-    assert COLLECTIVES == ["_allgather_base_"] * gathers, COLLECTIVES
+    assert collectives == ["_allgather_base_"] * gathers, collectives
     got = torch.autograd.grad(loss, shard, upstream)
 
     close(loss, expected)

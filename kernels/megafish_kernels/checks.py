@@ -1,0 +1,107 @@
+"""Refusals of `linear_cross_entropy`: one line each, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megafish_kernels.rows import KeptRows
+from megafish_kernels.shard import Shard
+
+
+def check_ids(kept: Tensor, vocab_size: int) -> None:
+    """Targets of kept tokens lie in the vocabulary."""
+    if kept.device.type == "cpu":
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab_size):
+            wrong = kept[(kept < 0) | (kept >= vocab_size)][0]
+            raise ValueError(f"targets: id {int(wrong)} is outside the vocabulary of {vocab_size}")
+    elif kept.device.type == "cuda":
+        torch._assert_async(((kept >= 0) & (kept < vocab_size)).all(), "targets: an id is outside the vocabulary")
+
+
+def check_options(
+    denominator: float | Tensor | None,
+    reduction: str,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float | None,
+    logits_bytes: int | None,
+    return_stats: bool | str,
+) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r} is not one of mean, sum, none")
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f'denominator: goes with reduction "mean" alone, got {reduction!r}')
+    if isinstance(denominator, Tensor) and denominator.dim() != 0:
+        raise ValueError(f"denominator: expected a 0-d tensor, got shape {tuple(denominator.shape)}")
+    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"denominator: {denominator} must be above 0")
+    if z_loss < 0:
+        raise ValueError(f"z_loss: {z_loss} must be at least 0")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: {softcap} must be above 0")
+    if logits_bytes is not None and logits_bytes < 1:
+        raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
+    if return_stats not in (False, True, "loss"):
+        raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
+            "forward of the module that owns it: call this there)"
+        )
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden: expected [..., {weight.shape[1]}] as weight has it, got {tuple(hidden.shape)}")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden: expected a floating-point dtype, got {hidden.dtype}")
+    tokens = tuple(hidden.shape[:-1])
+    if shard is not None and shard.sequence_sharded:
+        if not tokens:
+            raise ValueError("hidden: sequence_sharded needs a dimension of tokens")
+        tokens = (tokens[0] * shard.size, *tokens[1:])
+    if tuple(targets.shape) != tokens:
+        raise ValueError(f"targets: expected shape {tokens}, got {tuple(targets.shape)}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: expected integers, got {targets.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {hidden.device}")
+
+
+def check_companions(
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    main_grad: Tensor | None,
+) -> None:
+    for name, tensor in (("token_weight", token_weight), ("drop", drop)):
+        if tensor is not None and tensor.shape != targets.shape:
+            raise ValueError(f"{name}: expected shape {tuple(targets.shape)}, got {tuple(tensor.shape)}")
+    if drop is not None and drop.dtype != torch.bool:
+        raise ValueError(f"drop: expected bool, got {drop.dtype}")
+    if rows is not None:
+        if drop is not None:
+            raise ValueError("rows: say already which tokens are kept; leave drop out")
+        if rows.index.dim() != 1 or rows.index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"rows: expected an index int32 [N], got {rows.index.dtype} {tuple(rows.index.shape)}")
+        if not isinstance(rows.count, Tensor) and rows.count != rows.index.shape[0]:
+            raise ValueError(f"rows: the count {rows.count} must be the {rows.index.shape[0]} entries of the index")
+    if main_grad is not None:
+        if main_grad.shape != weight.shape or main_grad.dtype != torch.float32:
+            raise ValueError(
+                f"main_grad: expected fp32 {tuple(weight.shape)}, got {main_grad.dtype} {tuple(main_grad.shape)}"
+            )
+        if not main_grad.is_contiguous():
+            raise ValueError("main_grad: must be contiguous")
+    found = () if rows is None else tuple(("rows", tensor) for tensor in rows if isinstance(tensor, Tensor))
+    for name, tensor in (("token_weight", token_weight), ("drop", drop), ("main_grad", main_grad), *found):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {weight.device}")
