@@ -64,6 +64,12 @@ setup(
         "cuda": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
+        # What benchmarks/kernels_static.py compiles beside our own kernels; Liger imports transformers.
+        "bench": [
+            "liger-kernel>=0.8.5; platform_system == 'Linux'",
+            "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
+            "transformers>=4.45",
+        ],
         "dev": [
             # torch's CUDA wheel brings its own. For its interpreter and compiler on machines without a GPU.
             "triton>=3.7; platform_system == 'Linux'",

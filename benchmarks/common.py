@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "transformers", "deepspeed", "litgpt", "tokenizers", "sentencepiece")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "deepspeed",
+    "litgpt",
+    "tokenizers",
+    "sentencepiece",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 
 
 def _cpu_model() -> str:

@@ -231,8 +231,8 @@ class LossConfig(Section):
     """Coefficient of (log-sum-exp)^2 per supervised token (PaLM; 1e-4 is usual)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary."""
-    chunk_tokens: int | None = Field(default=None, ge=1)
-    """Supervised tokens whose logits exist at one time. null: 16 MiB of logits or 256 tokens (bf16: 512) at least."""
+    logits_mib: int | None = Field(default=None, ge=1)
+    """MiB that logits may take at one time. null: on a CPU 16 or what 256 tokens (bf16: 512) take, on CUDA 1024."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -16,7 +16,7 @@ from megafish.config import Config, dump_config, load_config, preset_names
 from megafish.config_errors import field_help
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = field_help(Config)
 FILE_SUFFIXES = ("bin", "idx", "safetensors")
 

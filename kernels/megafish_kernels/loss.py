@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megafish_kernels.torch_backend import LinearCrossEntropy, Options, reduction_dtype
+from megafish_kernels import triton_runtime
+from megafish_kernels.autograd import Call, OnePass, TwoPass, spread
+from megafish_kernels.rows import KeptRows, compact_rows
+from megafish_kernels.shard import Shard, own_columns
+from megafish_kernels.torch_backend import Options, reduction_dtype
 
 
 class LossStats(NamedTuple):
-    """Per-token facts about the predictions, detached, shaped like the targets, 0 (False) at ignored tokens."""
+    """Per-token facts about the predictions, detached, shaped like the targets, 0 (False) at tokens left out."""
 
     lse: Tensor
     """Log-sum-exp of the logits, fp32 (float64 for float64 hidden states)."""
@@ -21,6 +26,8 @@ class LossStats(NamedTuple):
     """bool: the target has the highest logit, or is the first of those that share it; None with return_stats="loss"."""
     cross_entropy: Tensor
     """-log p(target) in nats, in the dtype of lse: without weight, z-loss and label smoothing."""
+    dropped: Tensor | None = None
+    """The same of the tokens that `drop` left out, 0 at all others; None unless audit_dropped."""
 
 
 def linear_cross_entropy(
@@ -31,6 +38,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
+    drop: Tensor | None = None,
+    rows: KeptRows | None = None,
     denominator: float | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     z_loss: float = 0.0,
@@ -38,18 +47,25 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    backend: Literal["auto", "torch"] = "auto",
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    sequence_sharded: bool = False,
+    main_grad: Tensor | None = None,
+    logits_bytes: int | None = None,
+    backend: Literal["auto", "torch", "triton"] = "auto",
     return_stats: bool | Literal["loss"] = False,
+    audit_dropped: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of softcap(logit_scale * (hidden @ weight.T + bias)) with `targets`.
 
-    Ignored tokens are taken out before any product, so that a token that the goldfish mask drops costs the head
-    nothing, forward or backward; how many are left is read by the host, which waits for a GPU's queue to come there.
-    Sums and losses are fp32 (float64 for float64 hidden states), and so is the adding up of the weight's gradient over
-    chunks. With bfloat16 or float16 hidden states the products' results are rounded to that type before the fp32
-    arithmetic: the logits, their gradient, and each chunk's part of the weight's gradient. Deterministic on one machine
-    and number of threads.
+    Tokens that are left out are taken out before any product, so that a token that the goldfish mask drops costs the
+    head nothing, forward or backward. Sums and losses are fp32 (float64 for float64 hidden states), and so is the
+    adding up of gradients. Deterministic on one machine and number of threads.
+
+    Backends. "triton" (CUDA; fp32, fp16, bf16) takes its figures from fp32 logits in registers, rounds their gradient
+    once to the dtype of the hidden states, and never waits for the device: the number of kept tokens stays there.
+    "torch" (any device) rounds logits and their gradient to that dtype between the products, and its host reads the
+    number of kept tokens. "auto": triton on CUDA where it is installed and takes the dtype, torch elsewhere.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
@@ -59,28 +75,221 @@ def linear_cross_entropy(
         token_weight: [...] multiplies each token's loss; 0 leaves the token out, as `ignore_index` does. A constant: it
             gets no gradient.
         ignore_index: the target of tokens that are left out.
+        drop: bool [...]; True leaves the token out too (`goldfish_drop`).
+        rows: the kept rows of the flattened batch, where the caller has them (`goldfish_keep`, `compact_rows`), instead
+            of drop and ignore_index. With an int as its count the host knows the shapes, and the products of the Triton
+            backend are the BLAS library's, which are the faster ones.
         denominator: what "mean" divides by: the sum of the weights of the whole global batch, a number or a 0-d tensor
             (which is not read by the host). Default: the sum of the weights of this call's kept tokens.
-        reduction: "mean", "sum", or "none" for the loss of each token, 0 where ignored.
+        reduction: "mean", "sum", or "none" for the loss of each token, 0 where left out.
         z_loss: coefficient of lse^2, added to each token's loss before its weight (PaLM, arXiv 2204.02311, section 5).
         label_smoothing: a of (1 - a) * onehot + a / vocab_size as the target's distribution.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         logit_scale: multiplies the logits, before the softcap.
-        vocab_size: rows of weight that are real; the rest is padding, takes no part and gets zero gradients.
-        chunk_tokens: kept tokens whose logits exist at one time. None: 16 MiB of logits or 256 tokens (512 in half
-            precision), whichever is more.
-        backend: "torch", plain torch on any device, is the only one there is; "auto" leaves the choice to the library.
+        vocab_size: ids of the whole vocabulary; rows of weight past it are padding, take no part and get no gradient.
+            Default: the rows of weight. At most 2^24.
+        group: vocabulary-parallel ranks, each of which has the ids from its vocab_start on as rows of its weight (and
+            bias); together these make up the vocabulary, in shards of any sizes. All ranks call with the same tokens
+            and get the same loss and the whole gradient of hidden. One collective forward, one backward.
+        vocab_start: id of this rank's first row of weight.
+        sequence_sharded: each rank's hidden has its part of the tokens alone, equal parts of the first dimension in the
+            order of ranks, and gets the gradient of that; targets are those of all tokens. One more collective forward.
+        main_grad: fp32 [V, D], to which the weight's gradient is added in the backward; the weight then gets none.
+        logits_bytes: bytes that logits may take at one time. torch: rows of a chunk (default: 16 MiB or 256 tokens, 512
+            in half precision, whichever is more). triton: logits that the forward keeps, so that the backward need not
+            compute them anew, and a slab for those that it does (default: 1 GiB; at least 128 columns).
+        backend: "auto", "torch" or "triton".
         return_stats: True returns LossStats too; "loss" only those of its fields that cost nothing.
+        audit_dropped: LossStats have the loss of the tokens that `drop` left out as well: a forward for these alone.
 
     Returns:
         The loss, a 0-d tensor in the dtype of the sums ([...] with "none"), or (loss, LossStats). With no kept token
         it is 0, and so are its gradients.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit each other, or a target is out of range (checked on the CPU).
+        ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
+            looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
-    vocab = weight.shape[0] if vocab_size is None and weight.dim() == 2 else vocab_size or 0
-    _check_tensors(hidden, weight, targets, bias, token_weight, vocab)
+    _check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, backend, return_stats)
+    if audit_dropped and (drop is None or not return_stats):
+        raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
+    if vocab_size is None:
+        if group is not None:
+            raise ValueError("vocab_size: needed with a group, whose ranks hold parts of the vocabulary")
+        vocab_size = weight.shape[0] if weight.dim() == 2 else 0
+    shard = None
+    if group is not None:
+        if vocab_start < 0:
+            raise ValueError(f"vocab_start: {vocab_start} must be at least 0")
+        shard = Shard(group, vocab_start, sequence_sharded)
+    elif vocab_start or sequence_sharded:
+        raise ValueError("vocab_start, sequence_sharded: mean nothing without a group")
+    _check_tensors(hidden, weight, targets, bias, shard)
+    _check_companions(weight, targets, token_weight, drop, rows, main_grad)
+    if not 1 <= vocab_size <= (weight.shape[0] if shard is None else 2**24):
+        bound = f"the {weight.shape[0]} rows of weight" if shard is None else "2^24"
+        raise ValueError(f"vocab_size: {vocab_size} must be at least 1 and at most {bound}")
+
+    device = hidden.device
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if autocast and hidden.dtype != torch.float64:
+        compute = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(compute), weight.to(compute)
+        bias = None if bias is None else bias.to(compute)
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(f"weight: dtype {weight.dtype} must be that of hidden, {hidden.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
+    use_triton = _use_triton(backend, device, hidden.dtype)
+    dtype = reduction_dtype(hidden.dtype)
+
+    flat = targets.reshape(-1).long()
+    weights = None if token_weight is None else token_weight.detach().reshape(-1).to(dtype)
+    index, count = _kept_rows(flat, weights, ignore_index, drop, rows, use_triton)
+    kept = flat if index is None else flat.index_select(0, index)
+    kept_weights = weights if index is None or weights is None else weights.index_select(0, index)
+    if isinstance(count, Tensor):
+        real = torch.arange(kept.shape[0], device=device) < count
+        kept = torch.where(real, kept, 0)
+        kept_weights = real.to(dtype) if kept_weights is None else torch.where(real, kept_weights, 0)
+    _check_ids(kept, vocab_size)
+
+    scale: Tensor | None = None
+    if reduction == "sum":
+        scale = torch.ones((), dtype=dtype)
+    elif reduction == "mean":
+        if denominator is not None:
+            total = torch.as_tensor(denominator).detach()
+        elif kept_weights is not None:
+            total = kept_weights.sum()
+        else:
+            total = torch.tensor(float(kept.shape[0]))
+        scale = total.to(dtype).reciprocal()
+
+    options = Options(
+        vocab_size=vocab_size,
+        columns=own_columns(vocab_size, vocab_start, weight.shape[0]),
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_bytes=logits_bytes,
+        stats=return_stats is True,
+    )
+    call = Call(
+        options=options,
+        targets=kept,
+        index=index,
+        count=count,
+        row_weight=kept_weights,
+        scale=scale,
+        grad_enabled=torch.is_grad_enabled(),
+        triton=use_triton,
+        shard=shard,
+        main_grad=main_grad,
+    )
+    function = OnePass if scale is not None and shard is None and not use_triton else TwoPass
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    loss, *facts = function.apply(flat_hidden, weight, bias, call)
+
+    def shaped(values: Tensor) -> Tensor:
+        """Per kept token -> shaped like the targets, 0 at all others; differentiable."""
+        return spread(values, index, count, flat.shape[0]).reshape(targets.shape)
+
+    if reduction == "none":
+        loss = shaped(loss)
+    if not return_stats:
+        return loss
+    cross_entropy, lse, entropy, correct = (None if fact is None else shaped(fact) for fact in facts)
+    dropped = None
+    if audit_dropped:
+        assert drop is not None
+        dropped_targets = targets.masked_fill(~drop, ignore_index)
+        with torch.no_grad():
+            others = linear_cross_entropy(
+                hidden,
+                weight,
+                dropped_targets,
+                bias=bias,
+                ignore_index=ignore_index,
+                reduction="none",
+                softcap=softcap,
+                logit_scale=logit_scale,
+                vocab_size=vocab_size,
+                group=group,
+                vocab_start=vocab_start,
+                sequence_sharded=sequence_sharded,
+                logits_bytes=logits_bytes,
+                backend=backend,
+            )
+        assert isinstance(others, Tensor)
+        dropped = others
+    assert cross_entropy is not None and lse is not None
+    return loss, LossStats(lse, entropy, correct, cross_entropy, dropped)
+
+
+def _use_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return device.type == "cuda" and dtype != torch.float64 and triton_runtime.runs_on(device)
+    if not triton_runtime.runs_on(device):
+        raise ValueError(
+            f'backend: "triton" cannot run on {device}: it needs triton and a CUDA device (or TRITON_INTERPRET=1, set '
+            "before the first kernel is imported, for its interpreter on the CPU)"
+        )
+    if dtype == torch.float64 or (dtype == torch.bfloat16 and device.type == "cpu"):
+        why = "in Triton's interpreter, whose bfloat16 arithmetic is wrong" if dtype == torch.bfloat16 else ""
+        raise ValueError(f'backend: "triton" does not take {dtype} {why}'.rstrip() + '; use "torch"')
+    return True
+
+
+def _kept_rows(
+    flat: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    use_triton: bool,
+) -> tuple[Tensor | None, int | Tensor]:
+    """(index [n] of the kept rows, None for all; their count): n itself, or on the device."""
+    if rows is None:
+        keep = flat != ignore_index
+        if weights is not None:
+            keep &= weights != 0
+        if drop is not None:
+            keep &= ~drop.reshape(-1)
+        found = keep.nonzero()[:, 0] if not use_triton else None
+        rows = compact_rows(keep) if found is None else KeptRows(found, found.shape[0])
+    index, count = rows
+    if isinstance(count, Tensor) and not use_triton:
+        count = int(count)
+        index = index[:count]
+    if isinstance(count, Tensor):
+        return index, count
+    return (None if count == flat.shape[0] else index), count
+
+
+def _check_ids(kept: Tensor, vocab_size: int) -> None:
+    """Targets of kept tokens lie in the vocabulary."""
+    if kept.device.type == "cpu":
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab_size):
+            wrong = kept[(kept < 0) | (kept >= vocab_size)][0]
+            raise ValueError(f"targets: id {int(wrong)} is outside the vocabulary of {vocab_size}")
+    elif kept.device.type == "cuda":
+        torch._assert_async(((kept >= 0) & (kept < vocab_size)).all(), "targets: an id is outside the vocabulary")
+
+
+def _check_options(
+    denominator: float | Tensor | None,
+    reduction: str,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float | None,
+    logits_bytes: int | None,
+    backend: str,
+    return_stats: bool | str,
+) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r} is not one of mean, sum, none")
     if denominator is not None and reduction != "mean":
@@ -95,101 +304,68 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap: {softcap} must be above 0")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: {chunk_tokens} must be at least 1")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend: {backend!r} is not one of auto, torch")
+    if logits_bytes is not None and logits_bytes < 1:
+        raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
     if return_stats not in (False, True, "loss"):
         raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
 
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        compute = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(compute), weight.to(compute)
-        bias = None if bias is None else bias.to(compute)
-    elif hidden.dtype != weight.dtype:
-        raise ValueError(f"weight: dtype {weight.dtype} must be that of hidden, {hidden.dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
-    dtype = reduction_dtype(hidden.dtype)
 
-    flat = targets.reshape(-1).long()
-    keep = flat != ignore_index
-    weights = None
-    if token_weight is not None:
-        weights = token_weight.detach().reshape(-1).to(dtype)
-        keep &= weights != 0
-    index: Tensor | None = keep.nonzero()[:, 0]
-    assert index is not None
-    if index.shape[0] == flat.shape[0]:
-        index = None
-    kept = flat if index is None else flat[index]
-    kept_weights = weights if index is None or weights is None else weights[index]
-    if device_type == "cpu" and kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocab):
-        wrong = kept[(kept < 0) | (kept >= vocab)][0]
-        raise ValueError(f"targets: id {int(wrong)} is outside the vocabulary of {vocab}")
-
-    scale: Tensor | None = None
-    if reduction == "sum":
-        scale = torch.ones((), dtype=dtype)
-    elif reduction == "mean":
-        if denominator is None:
-            total = torch.tensor(float(kept.shape[0])) if kept_weights is None else kept_weights.sum()
-        else:
-            total = torch.as_tensor(denominator).detach()
-        scale = total.to(dtype).reciprocal()
-
-    options = Options(
-        vocab_size=vocab,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_tokens=chunk_tokens,
-        stats=return_stats is True,
-    )
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    loss, cross_entropy, lse, entropy, correct = LinearCrossEntropy.apply(
-        rows, weight, bias, kept, index, kept_weights, scale, options, torch.is_grad_enabled()
-    )
-
-    def spread(values: Tensor) -> Tensor:
-        """Per kept token -> shaped like the targets, 0 at ignored ones; differentiable."""
-        if index is None:
-            return values.reshape(targets.shape)
-        return values.new_zeros(flat.shape[0]).index_copy(0, index, values).reshape(targets.shape)
-
-    if reduction == "none":
-        loss = spread(loss)
-    if not return_stats:
-        return loss
-    return loss, LossStats(
-        lse=spread(lse),
-        entropy=None if entropy is None else spread(entropy),
-        correct=None if correct is None else spread(correct),
-        cross_entropy=spread(cross_entropy),
-    )
-
-
-def _check_tensors(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weight: Tensor | None, vocab: int
-) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected [V, D], got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
+            "forward of the module that owns it: call this there)"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden: expected [..., {weight.shape[1]}] as weight has it, got {tuple(hidden.shape)}")
     if not hidden.is_floating_point():
         raise ValueError(f"hidden: expected a floating-point dtype, got {hidden.dtype}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets: expected shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
+    tokens = tuple(hidden.shape[:-1])
+    if shard is not None and shard.sequence_sharded:
+        if not tokens:
+            raise ValueError("hidden: sequence_sharded needs a dimension of tokens")
+        tokens = (tokens[0] * shard.size, *tokens[1:])
+    if tuple(targets.shape) != tokens:
+        raise ValueError(f"targets: expected shape {tokens}, got {tuple(targets.shape)}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: expected integers, got {targets.dtype}")
-    if token_weight is not None and token_weight.shape != targets.shape:
-        raise ValueError(f"token_weight: expected shape {tuple(targets.shape)}, got {tuple(token_weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    if not 1 <= vocab <= weight.shape[0]:
-        raise ValueError(f"vocab_size: {vocab} must be at least 1 and at most the {weight.shape[0]} rows of weight")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias), ("token_weight", token_weight)):
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {hidden.device}")
+
+
+def _check_companions(
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    main_grad: Tensor | None,
+) -> None:
+    for name, tensor in (("token_weight", token_weight), ("drop", drop)):
+        if tensor is not None and tensor.shape != targets.shape:
+            raise ValueError(f"{name}: expected shape {tuple(targets.shape)}, got {tuple(tensor.shape)}")
+    if drop is not None and drop.dtype != torch.bool:
+        raise ValueError(f"drop: expected bool, got {drop.dtype}")
+    if rows is not None:
+        if drop is not None:
+            raise ValueError("rows: say already which tokens are kept; leave drop out")
+        if rows.index.dim() != 1 or rows.index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"rows: expected an index int32 [N], got {rows.index.dtype} {tuple(rows.index.shape)}")
+        if not isinstance(rows.count, Tensor) and rows.count != rows.index.shape[0]:
+            raise ValueError(f"rows: the count {rows.count} must be the {rows.index.shape[0]} entries of the index")
+    if main_grad is not None:
+        if main_grad.shape != weight.shape or main_grad.dtype != torch.float32:
+            raise ValueError(
+                f"main_grad: expected fp32 {tuple(weight.shape)}, got {main_grad.dtype} {tuple(main_grad.shape)}"
+            )
+        if not main_grad.is_contiguous():
+            raise ValueError("main_grad: must be contiguous")
+    found = () if rows is None else tuple(("rows", tensor) for tensor in rows if isinstance(tensor, Tensor))
+    for name, tensor in (("token_weight", token_weight), ("drop", drop), ("main_grad", main_grad), *found):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name}: lies on {tensor.device}, but hidden on {weight.device}")

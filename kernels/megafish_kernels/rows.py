@@ -21,12 +21,12 @@ from megafish_kernels.triton_runtime import uses_triton
 
 
 class KeptRows(NamedTuple):
-    """The rows of a flattened batch that are kept: `index[:count]`, known to the device alone."""
+    """The rows of a flattened batch that are kept: `index[:count]`."""
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, as count does tuple.count
+    index: Tensor  # type: ignore[assignment]  # not the tuple's method
     """int32 [N]: the kept rows, ascending, and then 0 to the end: row 0 may be read there, but it means nothing."""
-    count: Tensor  # type: ignore[assignment]
-    """int32, 0-d: how many rows are kept, on the device of `index`."""
+    count: Tensor | int  # type: ignore[assignment]
+    """int32, 0-d: how many rows are kept, on the device of `index`. An int where the host knows it: all of `index`."""
 
 
 def compact_rows(keep: Tensor, *, backend: Backend = "auto") -> KeptRows:

@@ -2,20 +2,20 @@
 
 The kept tokens are worked off in chunks of rows. A chunk's logits live in one buffer that is used again by every chunk
 and that its softmax and then its gradient overwrite in place, so that the memory does not grow with the number of
-tokens. For a loss that is one number the gradients are computed right there, in the forward (6 n V D floating-point
-operations for n kept tokens); for one loss a token, whose upstream gradient is not known yet, the backward computes the
-logits anew (8 n V D).
+tokens. Where the upstream gradient is one number the gradients are computed right there (`sweep`: 6 n V D
+floating-point operations for n kept tokens); otherwise logits are computed a second time (`gradients`: 8 n V D in all).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megafish_kernels.partials import LOWEST, Fields, RowLoss
 
 # Bytes of the logits buffer and fewest rows of a chunk if the caller names no size. Fewer rows starve the products,
 # which then read the weight and its gradient from memory once a chunk for too little work.
@@ -36,14 +36,22 @@ class Options:
     """What the loss is, beside its tensors (see `linear_cross_entropy`)."""
 
     vocab_size: int
-    """Columns that are real: the weight's rows from here on are padding."""
-    z_loss: float
-    label_smoothing: float
-    softcap: float | None
-    logit_scale: float
-    chunk_tokens: int | None
-    stats: bool
+    """Ids of the whole vocabulary, over which smoothing is spread."""
+    columns: int
+    """Rows of this weight that are real: those from here on are padding. Equal to vocab_size unless the weight is one
+    rank's shard of the vocabulary."""
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    logits_bytes: int | None = None
+    stats: bool = False
     """Entropy and accuracy are wanted, which cost passes of their own."""
+
+    @property
+    def fields(self) -> Fields:
+        """The figures that a part of the vocabulary has to give."""
+        return Fields(self.label_smoothing > 0, self.stats)
 
 
 @dataclass(frozen=True)
@@ -53,25 +61,23 @@ class Rows:
     hidden: Tensor
     """[N, D], all tokens, dropped ones too."""
     targets: Tensor
-    """int64 [n]"""
+    """int64 [n], rows of the weight; outside it for a token whose target lies in another rank's shard."""
     index: Tensor | None
-    """int64 [n]"""
+    """integers [n]"""
     factor: Tensor | None
     """float [n], by which a row's gradient is multiplied; None for 1."""
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What one pass over the chunks gives, each [n] and in the dtype of the reductions; gradients where asked for."""
+class Gradients:
+    """Where asked for: of hidden [N, D] in its own dtype; of weight [V, D] and bias [V] in that of the reductions."""
 
-    loss: Tensor
-    """With smoothing and z-loss, not weighted."""
-    cross_entropy: Tensor
-    lse: Tensor
-    entropy: Tensor | None
-    correct: Tensor | None
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
-    """Of hidden [N, D] in its own dtype; of weight [V, D] and bias [V] in the dtype of the reductions."""
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.hidden, self.weight, self.bias))
 
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,11 +85,14 @@ def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(rows: int, vocab_size: int, dtype: torch.dtype, chunk_tokens: int | None) -> int:
+def chunk_rows(rows: int, columns: int, dtype: torch.dtype, logits_bytes: int | None) -> int:
     """Rows of each chunk: near the wanted size, and spread evenly, so that no small chunk is left at the end."""
-    sums = reduction_dtype(dtype)
-    fewest = _CHUNK_ROWS if dtype == sums else _LOW_CHUNK_ROWS
-    wanted = chunk_tokens or max(fewest, _CHUNK_BYTES // (vocab_size * sums.itemsize))
+    if logits_bytes is not None:
+        wanted = max(1, logits_bytes // (columns * dtype.itemsize))
+    else:
+        sums = reduction_dtype(dtype)
+        fewest = _CHUNK_ROWS if dtype == sums else _LOW_CHUNK_ROWS
+        wanted = max(fewest, _CHUNK_BYTES // (columns * sums.itemsize))
     chunks = -(-rows // wanted)
     return -(-rows // max(chunks, 1))
 
@@ -115,218 +124,270 @@ class _RowWork:
     many more rows at a time.
     """
 
-    def __init__(self, hidden: Tensor, count: int, options: Options, need_gradient: bool) -> None:
-        self.options, self.need_gradient = options, need_gradient
+    def __init__(self, hidden: Tensor, options: Options) -> None:
+        self.options = options
         self.dtype = reduction_dtype(hidden.dtype)
-        self.block = max(1, _BLOCK_BYTES // (options.vocab_size * self.dtype.itemsize))
+        self.block = max(1, _BLOCK_BYTES // (max(options.columns, 1) * self.dtype.itemsize))
         if hidden.device.type != "cpu":
-            self.block = max(1, count)
+            self.block = 2**31
         self.wide: Tensor | None = None
-        self.loss, self.cross_entropy, self.lse = (hidden.new_empty(count, dtype=self.dtype) for _ in range(3))
-        self.entropy = hidden.new_empty(count, dtype=self.dtype) if options.stats else None
-        self.correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
 
-    def run(self, part: slice, product: Tensor, target: Tensor, factor: Tensor | None) -> None:
-        """Rows `part` of all: product [n, V], logits that become the gradient; target [n, 1]; factor [n, 1] multiplies
-        the gradient."""
+    def blocks(self, product: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows of the product, their part of it, its logits in the dtype of the reductions)."""
         for begin in range(0, len(product), self.block):
-            some = slice(begin, begin + self.block)
+            some = slice(begin, min(begin + self.block, len(product)))
             given = product[some]
-            logits = given if given.dtype == self.dtype else self._widened(given)
-            place = slice(part.start + begin, part.start + begin + len(given))
-            self._rows(place, logits, target[some])
-            if not self.need_gradient:
-                continue
-            if factor is not None:
-                logits.mul_(factor[some])
-            if logits is not given:
-                # Rounded once, after the factor: the products that follow add in fp32 and round their result once.
-                given.copy_(logits)
+            yield some, given, given if given.dtype == self.dtype else self._widened(given)
 
     def _widened(self, given: Tensor) -> Tensor:
         if self.wide is None or len(self.wide) < len(given):
             self.wide = torch.empty_like(given, dtype=self.dtype)
         return self.wide[: len(given)].copy_(given)
 
-    def _rows(self, place: slice, logits: Tensor, target: Tensor) -> None:
-        options, smooth, cap = self.options, self.options.label_smoothing, self.options.softcap
-        slope = None
-        if cap is not None:
-            logits.div_(cap).tanh_()
-            slope = logits.square().neg_().add_(1.0) if self.need_gradient else None
-            logits.mul_(cap)
+    def cap(self, logits: Tensor, need_gradient: bool) -> Tensor | None:
+        """Apply the softcap in place; returns its derivative where there is one and it is needed."""
+        cap = self.options.softcap
+        if cap is None:
+            return None
+        logits.div_(cap).tanh_()
+        slope = logits.square().neg_().add_(1.0) if need_gradient else None
+        logits.mul_(cap)
+        return slope
 
-        at_target = logits.gather(1, target)[:, 0]
-        mean = logits.mean(dim=1) if smooth else None
-        if self.correct is not None:
-            torch.eq(logits.argmax(dim=1), target[:, 0], out=self.correct[place])
-        top, log_sum = _softmax_(logits)
-        lse = torch.add(top, log_sum, out=self.lse[place])
-        row_loss = torch.add(top - at_target, log_sum, out=self.cross_entropy[place])
-        if self.entropy is not None:
-            torch.sum(torch.special.entr(logits), dim=1, out=self.entropy[place])
-        if mean is not None:
-            row_loss = (1 - smooth) * row_loss + smooth * (top - mean + log_sum)
-        if options.z_loss:
-            row_loss = row_loss + options.z_loss * lse.square()
-        self.loss[place] = row_loss
-        if not self.need_gradient:
-            return
+    def figures(self, out: Tensor, logits: Tensor, target: Tensor, offset: int) -> None:
+        """Write the figures of `partials` [F, n] for rows of logits [n, V] (overwritten); target [n, 1]."""
+        fields = self.options.fields
+        self.cap(logits, False)
+        inside = (target >= 0) & (target < self.options.columns)
+        picked = logits.gather(1, torch.where(inside, target, 0))
+        out[fields.target] = torch.where(inside, picked, 0)[:, 0]
+        if fields.smoothing:
+            out[fields.total] = logits.sum(dim=1)
+        if fields.stats:
+            out[fields.best] = logits.argmax(dim=1) + offset
+        top = out[fields.maximum] = logits.amax(dim=1)
+        logits.sub_(top[:, None])
+        weights = logits.exp() if fields.stats else logits.exp_()
+        out[fields.sum_exp] = weights.sum(dim=1)
+        if fields.stats:
+            out[fields.moment] = weights.mul_(logits).sum(dim=1)
 
-        # From here on the logits' memory holds the gradient of the row's loss by its logits.
+    def gradient(
+        self,
+        given: Tensor,
+        probability: Tensor,
+        lse: Tensor | None,
+        target: Tensor,
+        slope: Tensor | None,
+        factor: Tensor | None,
+    ) -> None:
+        """Turn probabilities [n, V] into the gradient of the rows' losses by their logits, in `given`'s memory.
+
+        target [n, 1]; lse [n], for the z-loss; slope [n, V], of the softcap; factor [n, 1] multiplies the gradient.
+        """
+        options, smooth = self.options, self.options.label_smoothing
         if options.z_loss:
-            logits.mul_((1 + 2 * options.z_loss * lse)[:, None])
+            assert lse is not None
+            probability.mul_((1 + 2 * options.z_loss * lse)[:, None])
         if smooth:
-            logits.sub_(smooth / options.vocab_size)
-        logits.scatter_(1, target, logits.gather(1, target) - (1 - smooth))
-        if slope is not None:
-            logits.mul_(slope)
-
-
-def sweep(
-    rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, alpha: float, needs: tuple[bool, bool, bool]
-) -> Sweep:
-    """One pass over the chunks: losses of every row, and the gradients of sum(alpha * factor * loss) in `needs`.
-
-    Args:
-        weight: [V, D] in the dtype of the hidden states.
-        bias: [V] or None.
-        needs: whether the gradient of hidden, weight, bias is wanted.
-    """
-    hidden, targets, index, factor = rows.hidden, rows.targets, rows.index, rows.factor
-    count, vocab = targets.shape[0], options.vocab_size
-    dtype = reduction_dtype(hidden.dtype)
-    low, on_cpu = hidden.dtype != dtype, hidden.device.type == "cpu"
-    need_hidden, need_weight, need_bias = needs
-    need_any = need_hidden or need_weight or need_bias
-    columns = weight[:vocab]
-    shift = None if bias is None else bias[:vocab] * options.logit_scale
-    alpha = alpha * options.logit_scale
-
-    size = chunk_rows(count, vocab, hidden.dtype, options.chunk_tokens)
-    buffer = hidden.new_empty(padded_rows(size, hidden.dtype) if on_cpu else size, vocab)
-    work = _RowWork(hidden, count, options, need_any)
-    grad_hidden = None
-    if need_hidden:
-        grad_hidden = torch.empty_like(hidden) if index is None and count else torch.zeros_like(hidden)
-    grad_weight = torch.empty_like(weight, dtype=dtype) if need_weight else None
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if need_bias else None
-    if grad_weight is not None:
-        grad_weight[vocab if count else 0 :].zero_()
-
-    for begin in range(0, count, size or 1):
-        part = slice(begin, min(begin + size, count))
-        target = targets[part, None]
-        taken = hidden[part] if index is None else hidden.index_select(0, index[part])
-        padding = padded_rows(len(target), hidden.dtype) - len(target) if on_cpu else 0
-        if padding:
-            taken = F.pad(taken, (0, 0, 0, padding))
-        # The buffer with all rows of the products, and with those of tokens.
-        padded = buffer[: len(taken)]
-        product = padded[: len(target)]
-
-        scaled = taken if options.logit_scale == 1.0 else taken * options.logit_scale
-        if shift is None:
-            torch.mm(scaled, columns.t(), out=padded)
+            probability.sub_(smooth / options.vocab_size)
+        if options.columns == options.vocab_size:
+            probability.scatter_(1, target, probability.gather(1, target) - (1 - smooth))
         else:
-            torch.addmm(shift, scaled, columns.t(), out=padded)
-        # A low dtype is rounded after the rows' factors are in; otherwise they cost less in the products' other side.
-        row_factor = None if factor is None else factor[part, None]
-        work.run(part, product, target, row_factor if low else None)
-        if not need_any:
-            continue
-        if low:
-            padded[len(target) :].zero_()
-            row_factor = None
-        first = begin == 0
+            inside = (target >= 0) & (target < options.columns)
+            # Out of this shard: 0 is added to its first column.
+            step = torch.where(inside, smooth - 1.0, 0.0).to(probability.dtype)
+            probability.scatter_add_(1, torch.where(inside, target, 0), step)
+        if slope is not None:
+            probability.mul_(slope)
+        if factor is not None:
+            probability.mul_(factor)
+        if probability is not given:
+            # Rounded once, after the factor: the products that follow add in fp32 and round their result once.
+            given.copy_(probability)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    part: slice
+    """Which of the kept rows."""
+    taken: Tensor
+    """[n + padding, D], their hidden states."""
+    padded: Tensor
+    """[n + padding, V]: logits, which become their gradient in place."""
+    target: Tensor
+    """[n, 1]"""
+
+    @property
+    def product(self) -> Tensor:
+        """[n, V], without the padding."""
+        return self.padded[: len(self.target)]
+
+
+class _Chunks:
+    """The kept rows a chunk at a time: their logits, and what the logits' gradient adds to the inputs' gradients.
+
+    alpha * factor multiplies the gradients; `needs`: whether that of hidden, weight, bias is wanted; `wide`: that of
+    hidden in the dtype of the reductions, not in its own.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        alpha: float = 1.0,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+        wide: bool = False,
+    ) -> None:
+        self.rows, self.options, self.alpha = rows, options, alpha * options.logit_scale
+        hidden, columns = rows.hidden, options.columns
+        self.dtype = reduction_dtype(hidden.dtype)
+        self.low, self.on_cpu = hidden.dtype != self.dtype, hidden.device.type == "cpu"
+        self.weight = weight[:columns]
+        self.shift = None if bias is None else bias[:columns] * options.logit_scale
+        count = rows.targets.shape[0]
+        need_hidden, need_weight, need_bias = needs
+        grad_hidden = None
+        if need_hidden:
+            make = torch.empty_like if rows.index is None and count else torch.zeros_like
+            grad_hidden = make(hidden, dtype=self.dtype if wide else hidden.dtype)
+        grad_weight = torch.empty_like(weight, dtype=self.dtype) if need_weight else None
+        if grad_weight is not None:
+            grad_weight[columns if count else 0 :].zero_()
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None
+        self.gradients = Gradients(grad_hidden, grad_weight, grad_bias)
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        rows, options = self.rows, self.options
+        hidden, count = rows.hidden, rows.targets.shape[0]
+        size = chunk_rows(count, options.columns, hidden.dtype, options.logits_bytes)
+        buffer = hidden.new_empty(padded_rows(size, hidden.dtype) if self.on_cpu else size, options.columns)
+        for begin in range(0, count, size or 1):
+            part = slice(begin, min(begin + size, count))
+            target = rows.targets[part, None]
+            taken = hidden[part] if rows.index is None else hidden.index_select(0, rows.index[part])
+            padding = padded_rows(len(target), hidden.dtype) - len(target) if self.on_cpu else 0
+            if padding:
+                taken = F.pad(taken, (0, 0, 0, padding))
+            padded = buffer[: len(taken)]
+            scaled = taken if options.logit_scale == 1.0 else taken * options.logit_scale
+            if self.shift is None:
+                torch.mm(scaled, self.weight.t(), out=padded)
+            else:
+                torch.addmm(self.shift, scaled, self.weight.t(), out=padded)
+            yield _Chunk(part, taken, padded, target)
+
+    def early_factor(self, part: slice) -> Tensor | None:
+        """The factor [n, 1] that goes into the logits' gradient before it is rounded to a low dtype. Otherwise the
+        factors cost less in the products' other side."""
+        factor = self.rows.factor
+        return factor[part, None] if self.low and factor is not None else None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Add up the gradients that follow from the gradient of the logits, which now stands in their place."""
+        rows, alpha, columns, part = self.rows, self.alpha, self.options.columns, chunk.part
+        padded, product, taken = chunk.padded, chunk.product, chunk.taken
+        factor = None if self.low or rows.factor is None else rows.factor[part, None]
+        if self.low:
+            padded[len(product) :].zero_()
+        grad_hidden, grad_weight, grad_bias = self.gradients
         if grad_hidden is not None:
-            step = torch.mm(padded, columns)[: len(target)].to(dtype).mul_(alpha)
-            if row_factor is not None:
-                step.mul_(row_factor)
-            if index is None:
+            step = torch.mm(padded, self.weight)[: len(product)].to(self.dtype).mul_(alpha)
+            if factor is not None:
+                step.mul_(factor)
+            if rows.index is None:
                 grad_hidden[part] = step
             else:
-                grad_hidden.index_copy_(0, index[part], step.to(hidden.dtype))
+                grad_hidden.index_copy_(0, rows.index[part].long(), step.to(grad_hidden.dtype))
         if grad_weight is not None:
-            total = grad_weight[:vocab]
-            if not low:
-                weighted = taken if row_factor is None else taken * row_factor
+            total, first = grad_weight[:columns], part.start == 0
+            if not self.low:
+                weighted = taken if factor is None else taken * factor
                 torch.addmm(total, product.t(), weighted, beta=0.0 if first else 1.0, alpha=alpha, out=total)
             elif first:
                 torch.mul(torch.mm(padded.t(), taken), alpha, out=total)
             else:
                 total.add_(torch.mm(padded.t(), taken), alpha=alpha)
         if grad_bias is not None:
-            ones = work.loss.new_ones(len(target)) if row_factor is None else row_factor[:, 0]
-            grad_bias[:vocab].addmv_(product.to(dtype).t(), ones, alpha=alpha)
-    gradients = (grad_hidden, grad_weight, grad_bias)
-    return Sweep(work.loss, work.cross_entropy, work.lse, work.entropy, work.correct, gradients)
+            ones = grad_bias.new_ones(len(product)) if factor is None else factor[:, 0]
+            grad_bias[:columns].addmv_(product.to(self.dtype).t(), ones, alpha=alpha)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Tensors in, (loss, cross_entropy, lse, entropy, correct) of the kept rows out; only the loss has a gradient."""
+def sweep(
+    rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, alpha: float, needs: tuple[bool, bool, bool]
+) -> tuple[RowLoss, Gradients]:
+    """One pass over the chunks: losses of every row, and the gradients of sum(alpha * factor * loss) in `needs`.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        index: Tensor | None,
-        row_weight: Tensor | None,
-        scale: Tensor | None,
-        options: Options,
-        grad_enabled: bool,
-    ) -> tuple[Tensor | None, ...]:
-        """`scale` is a 0-d tensor that multiplies the sum of the rows' losses; None keeps one loss a row."""
-        wanted = ctx.needs_input_grad
-        needs = (wanted[0] and grad_enabled, wanted[1] and grad_enabled, wanted[2] and grad_enabled)
-        rows = Rows(hidden, targets, index, row_weight)
-        # A scale that lies in the CPU's memory goes into the products for nothing; on another device reading it here
-        # would wait for that device's queue, so it is multiplied in by the backward.
-        # Nor does it go in for float16: the gradient of hidden is stored in that type before the upstream gradient, a
-        # loss scale that is there to prevent just this, arrives, and 1e-6 of it would be rounded to nothing.
-        early = scale is not None and scale.device.type == "cpu" and hidden.dtype != torch.float16
-        alpha = float(scale) if scale is not None and early else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            now = needs if scale is not None else (False, False, False)
-            done = sweep(rows, weight, bias, options, 1.0 if alpha is None else alpha, now)
-            loss = done.loss if row_weight is None else done.loss * row_weight
-            if scale is not None:
-                # Without any kept token the sum is an exact 0, whatever the scale (1/0, say) may be.
-                loss = loss.sum() * scale if targets.shape[0] else loss.sum()
-        ctx.save_for_backward(hidden, weight, bias, targets, index, row_weight, scale)
-        ctx.options, ctx.needs, ctx.alpha = options, needs, alpha
-        ctx.ready = done.gradients if scale is not None else None
-        others = [t for t in (done.cross_entropy, done.lse, done.entropy, done.correct) if t is not None]
-        ctx.mark_non_differentiable(*others)
-        return loss, done.cross_entropy, done.lse, done.entropy, done.correct
+    For a weight that is the whole vocabulary: each row's softmax is known as soon as its logits are.
+    """
+    hidden, count = rows.hidden, rows.targets.shape[0]
+    chunks, work = _Chunks(rows, weight, bias, options, alpha, needs), _RowWork(hidden, options)
+    loss, cross_entropy, lse = (hidden.new_empty(count, dtype=work.dtype) for _ in range(3))
+    entropy = hidden.new_empty(count, dtype=work.dtype) if options.stats else None
+    correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
+    smooth, need_any = options.label_smoothing, any(needs)
+    for chunk in chunks:
+        factor = chunks.early_factor(chunk.part)
+        for some, given, logits in work.blocks(chunk.product):
+            place = slice(chunk.part.start + some.start, chunk.part.start + some.stop)
+            target = chunk.target[some]
+            slope = work.cap(logits, need_any)
+            at_target = logits.gather(1, target)[:, 0]
+            mean = logits.mean(dim=1) if smooth else None
+            if correct is not None:
+                torch.eq(logits.argmax(dim=1), target[:, 0], out=correct[place])
+            top, log_sum = _softmax_(logits)
+            torch.add(top, log_sum, out=lse[place])
+            row = torch.add(top - at_target, log_sum, out=cross_entropy[place])
+            if entropy is not None:
+                torch.sum(torch.special.entr(logits), dim=1, out=entropy[place])
+            if mean is not None:
+                row = (1 - smooth) * row + smooth * (top - mean + log_sum)
+            if options.z_loss:
+                row = row + options.z_loss * lse[place].square()
+            loss[place] = row
+            if need_any:
+                work.gradient(given, logits, lse[place], target, slope, None if factor is None else factor[some])
+        if need_any:
+            chunks.add(chunk)
+    return RowLoss(loss, cross_entropy, lse, entropy, correct), chunks.gradients
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, index, row_weight, scale = ctx.saved_tensors
-        dtype = reduction_dtype(hidden.dtype)
-        upstream = upstream.to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if scale is None:
-                factor = upstream if row_weight is None else upstream * row_weight
-                rows = Rows(hidden, targets, index, factor)
-                grads = sweep(rows, weight, bias, ctx.options, 1.0, ctx.needs).gradients
-            else:
-                grads, ctx.ready = ctx.ready, None
-                alpha = ctx.alpha
-                if grads is None:
-                    # The first backward through a graph that was retained has handed its gradients over.
-                    rows = Rows(hidden, targets, index, row_weight)
-                    grads = sweep(rows, weight, bias, ctx.options, 1.0 if alpha is None else alpha, ctx.needs).gradients
-                # Scaled in place and handed over, so that no second copy of the weight's gradient ever exists.
-                late = upstream * scale if alpha is None else upstream
-                if targets.shape[0] and not (late.device.type == "cpu" and float(late) == 1.0):
-                    for grad in grads:
-                        if grad is not None:
-                            grad.mul_(late)
-        like = (hidden, weight, bias)
-        cast = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
-        return (*cast, None, None, None, None, None, None)
+
+def partials(rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, offset: int) -> Tensor:
+    """[F, n] figures of every row over this weight's part of the vocabulary, whose first id is `offset`."""
+    work, count = _RowWork(rows.hidden, options), rows.targets.shape[0]
+    out = rows.hidden.new_zeros(options.fields.count, count, dtype=work.dtype)
+    if options.columns == 0:
+        out[options.fields.maximum] = LOWEST
+        return out
+    for chunk in _Chunks(rows, weight, bias, options):
+        for some, _, logits in work.blocks(chunk.product):
+            place = slice(chunk.part.start + some.start, chunk.part.start + some.stop)
+            work.figures(out[:, place], logits, chunk.target[some], offset)
+    return out
+
+
+def gradients(
+    rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, lse: Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """The gradients of sum(factor * loss) in `needs`, with the log-sum-exp [n] of the whole vocabulary known.
+
+    That of hidden is in the dtype of the reductions: this part's share, to be added up over the vocabulary's parts.
+    """
+    chunks = _Chunks(rows, weight, bias, options, 1.0, needs, wide=True)
+    if options.columns == 0:
+        return Gradients(*(None if g is None else g.zero_() for g in chunks.gradients))
+    work = _RowWork(rows.hidden, options)
+    for chunk in chunks:
+        factor = chunks.early_factor(chunk.part)
+        for some, given, logits in work.blocks(chunk.product):
+            place = slice(chunk.part.start + some.start, chunk.part.start + some.stop)
+            slope = work.cap(logits, True)
+            logits.sub_(lse[place, None]).exp_()
+            work.gradient(
+                given, logits, lse[place], chunk.target[some], slope, None if factor is None else factor[some]
+            )
+        chunks.add(chunk)
+    return chunks.gradients

@@ -235,6 +235,7 @@ class LossHead(nn.Module):
         self.weight = weight
         self.vocab_size = vocab_size
         self.loss = loss
+        self.logits_bytes = None if loss.logits_mib is None else loss.logits_mib * 2**20
 
     def forward(
         self,
@@ -255,7 +256,7 @@ class LossHead(nn.Module):
                 targets,
                 reduction="none",
                 vocab_size=self.vocab_size,
-                chunk_tokens=self.loss.chunk_tokens,
+                logits_bytes=self.logits_bytes,
             )
             assert isinstance(per_token_loss, torch.Tensor)
             return per_token_loss
@@ -267,7 +268,7 @@ class LossHead(nn.Module):
             z_loss=self.loss.z_loss,
             label_smoothing=self.loss.label_smoothing,
             vocab_size=self.vocab_size,
-            chunk_tokens=self.loss.chunk_tokens,
+            logits_bytes=self.logits_bytes,
             return_stats="loss",
         )
         if denominator is None:

@@ -30,6 +30,11 @@ def problem(dtype: torch.dtype = torch.float64, seed: int = 0, dropped: float = 
     return hidden, weight, bias, targets, token_weight
 
 
+def chunk_bytes(rows: int | None, dtype: torch.dtype = torch.float64, columns: int = V) -> int | None:
+    """logits_bytes for chunks of so many rows."""
+    return None if rows is None else rows * columns * dtype.itemsize
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
@@ -57,7 +62,7 @@ def test_values_and_gradients_equal_the_oracle(reduction: Any, extra: Any, with_
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     wanted = torch.autograd.grad(expected, inputs, upstream)
     for chunk in (1, 7, None):
-        loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk, **options)
+        loss = linear_cross_entropy(hidden, weight, targets, logits_bytes=chunk_bytes(chunk, columns=REAL), **options)
         assert isinstance(loss, Tensor)
         close(loss, expected, 1e-12)
         for got, want in zip(torch.autograd.grad(loss, inputs, upstream), wanted, strict=True):
@@ -77,7 +82,7 @@ def test_gradcheck(reduction: Any) -> None:
             token_weight=token_weight,
             reduction=reduction,
             vocab_size=REAL,
-            chunk_tokens=9,
+            logits_bytes=chunk_bytes(9),
             **EXTRAS["all"],
         )
 
@@ -86,7 +91,7 @@ def test_gradcheck(reduction: Any) -> None:
 
 def test_equals_torch_cross_entropy_in_fp32() -> None:
     hidden, weight, bias, targets, _ = problem(torch.float32)
-    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk_tokens=8)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, logits_bytes=chunk_bytes(8, torch.float32))
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
     assert isinstance(loss, Tensor) and loss.dtype == torch.float32
     close(loss, expected, 1e-6)
@@ -101,7 +106,9 @@ def test_statistics(reduction: Any) -> None:
     hidden, weight, bias, targets, token_weight = problem()
     shaped = (hidden[:40].reshape(4, 10, D), weight, targets[:40].reshape(4, 10))
     options: dict[str, Any] = {"token_weight": token_weight[:40].reshape(4, 10), "bias": bias, **EXTRAS["all"]}
-    loss, stats = linear_cross_entropy(*shaped, reduction=reduction, return_stats=True, chunk_tokens=7, **options)
+    loss, stats = linear_cross_entropy(
+        *shaped, reduction=reduction, return_stats=True, logits_bytes=chunk_bytes(7), **options
+    )
     expected, wanted = reference_linear_cross_entropy(*shaped, reduction=reduction, **options)
     close(loss, expected, 1e-12)
     for name, want in wanted.items():
@@ -134,7 +141,9 @@ def test_ignored_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> 
         return product(a, b, **kwargs)
 
     monkeypatch.setattr(torch, "mm", counted)
-    loss = linear_cross_entropy(hidden, weight, targets, token_weight=token_weight, chunk_tokens=10)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, token_weight=token_weight, logits_bytes=chunk_bytes(10, torch.float32)
+    )
     assert isinstance(loss, Tensor)
     loss.backward()
     kept = int(((targets != -100) & (token_weight != 0)).sum())
@@ -224,7 +233,9 @@ def test_low_precision_reduces_in_fp32(dtype: torch.dtype) -> None:
     wanted = torch.autograd.grad(reference, (hidden, weight))
     eps = torch.finfo(dtype).eps
     for chunk in (512, 16):
-        loss = linear_cross_entropy(hidden, weight, targets, token_weight=token_weight, chunk_tokens=chunk)
+        loss = linear_cross_entropy(
+            hidden, weight, targets, token_weight=token_weight, logits_bytes=chunk_bytes(chunk, dtype, 300)
+        )
         assert isinstance(loss, Tensor) and loss.dtype == torch.float32
         assert abs(float((loss - reference).detach())) < eps * 0.1
         got = torch.autograd.grad(loss, (hidden, weight))
@@ -242,7 +253,7 @@ def test_error_of_the_weight_gradient_does_not_grow_with_the_chunks() -> None:
     reference, _ = reference_linear_cross_entropy(hidden, weight, targets)
     (want,) = torch.autograd.grad(reference, weight)
     for chunk in (2048, 1):
-        loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+        loss = linear_cross_entropy(hidden, weight, targets, logits_bytes=chunk_bytes(chunk, torch.float32, 40))
         assert isinstance(loss, Tensor)
         (got,) = torch.autograd.grad(loss, weight)
         assert float((got - want).norm() / want.norm()) < 2e-6
@@ -273,7 +284,9 @@ def test_deterministic() -> None:
     hidden, weight, bias, targets, token_weight = problem(torch.float32)
     runs = []
     for _ in range(2):
-        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, token_weight=token_weight, chunk_tokens=6)
+        loss = linear_cross_entropy(
+            hidden, weight, targets, bias=bias, token_weight=token_weight, logits_bytes=chunk_bytes(6, torch.float32)
+        )
         assert isinstance(loss, Tensor)
         runs.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -322,7 +335,9 @@ def test_forward_alone_computes_no_gradient(frozen: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_backward(reduction: Any) -> None:
     hidden, weight, _, targets, _ = problem(torch.float32)
-    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, denominator=None, chunk_tokens=8)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, reduction=reduction, denominator=None, logits_bytes=chunk_bytes(8, torch.float32)
+    )
     assert isinstance(loss, Tensor)
     first = torch.autograd.grad(loss.sum() * 3, (hidden, weight), retain_graph=True)
     copies = [grad.clone() for grad in first]
@@ -404,8 +419,8 @@ def test_layouts() -> None:
 
 
 def test_chunks_are_even_and_near_the_wanted_size() -> None:
-    assert chunk_rows(1030, 10, torch.float32, 512) == 344
-    assert chunk_rows(512, 10, torch.float32, 512) == 512
+    assert chunk_rows(1030, 10, torch.float32, 512 * 40) == 344
+    assert chunk_rows(512, 10, torch.float32, 512 * 40) == 512
     assert chunk_rows(10**6, 32768, torch.float32, None) <= 64 * 2**20 // (4 * 32768)
     assert 250 <= chunk_rows(10**5, 128256, torch.float32, None) <= 256
     assert 500 <= chunk_rows(10**5, 128256, torch.bfloat16, None) <= 512
@@ -436,7 +451,7 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"z_loss": -1.0}, "z_loss"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"softcap": 0.0}, "softcap"),
-        ({"chunk_tokens": 0}, "chunk_tokens"),
+        ({"logits_bytes": 0}, "logits_bytes"),
         ({"backend": "cuda"}, "backend"),
         ({"return_stats": "all"}, "return_stats"),
     ],

@@ -1,0 +1,89 @@
+"""Tile sizes of the loss's Triton kernels: a plain table by architecture and shape, which `override` replaces.
+
+The tiles of the table compile without spills for their architecture (`python -m megafish_kernels.report` prints the
+figures). None has been timed: they follow from registers, shared memory and arithmetic intensity alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's share of a matrix product: `rows` x `columns` of the result, `inner` of the sum at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    """Loads under way at one time."""
+
+    def launch(self) -> dict[str, Any]:
+        """The options of a kernel's start."""
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": self.inner,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+@dataclass(frozen=True)
+class LossTiles:
+    """One tile for each kernel of the loss that multiplies."""
+
+    forward: Tile
+    """Logits and their figures; rows are tokens, columns are ids."""
+    gradient: Tile
+    """Logits anew and their gradient; rows are tokens, columns are ids."""
+    product: Tile
+    """The gradients of hidden states and weight."""
+
+
+_AMPERE = LossTiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4))
+_HOPPER = LossTiles(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))
+_FEW_ROWS = LossTiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 128, 32, 4, 4))
+_SINGLE = LossTiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+
+TABLE: dict[tuple[int, str], LossTiles] = {
+    (80, "half"): _AMPERE,
+    (90, "half"): _HOPPER,
+    (100, "half"): _HOPPER,
+    (80, "half, few rows"): _FEW_ROWS,
+    (90, "half, few rows"): _FEW_ROWS,
+    (100, "half, few rows"): _FEW_ROWS,
+    (80, "single"): _SINGLE,
+    (90, "single"): _SINGLE,
+    (100, "single"): _SINGLE,
+}
+"""(architecture, shape class): tiles. A class is the width of the numbers, "single" for fp32 and "half" for fp16 and
+bf16, and of the latter "few rows" up to 512 kept tokens."""
+
+_override: ContextVar[LossTiles | None] = ContextVar("megafish_kernels_tiles", default=None)
+
+
+def loss_tiles(architecture: int, itemsize: int, rows: int) -> LossTiles:
+    """The tiles for an architecture (80, 86, 90, ...), bytes of a number, and kept tokens at most."""
+    given = _override.get()
+    if given is not None:
+        return given
+    known = max((arch for arch, _ in TABLE if arch <= architecture), default=80)
+    kind = "single" if itemsize == 4 else "half, few rows" if rows <= 512 else "half"
+    return TABLE[known, kind]
+
+
+@contextmanager
+def override(tiles: LossTiles) -> Iterator[None]:
+    """Within, and in the forward alone of what is called there, all shapes and architectures use these tiles."""
+    token = _override.set(tiles)
+    try:
+        yield
+    finally:
+        _override.reset(token)
