@@ -1,8 +1,12 @@
-"""The goldfish mask and the fused linear cross-entropy, for any PyTorch training loop. Imports nothing of megafish."""
+"""The goldfish mask, the fused linear cross-entropy and a Llama's element-wise operators, for any PyTorch training
+loop. Imports nothing of megafish."""
 
 from megafish_kernels.goldfish import goldfish_coefficients, goldfish_drop
 from megafish_kernels.loss import LossStats, linear_cross_entropy
+from megafish_kernels.norm import rms_norm
+from megafish_kernels.rope import rotary, rotary_qkv
 from megafish_kernels.rows import KeptRows, compact_rows, goldfish_keep
+from megafish_kernels.swiglu import swiglu
 
 __all__ = [
     "KeptRows",
@@ -12,4 +16,8 @@ __all__ = [
     "goldfish_drop",
     "goldfish_keep",
     "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "rotary_qkv",
+    "swiglu",
 ]

@@ -51,7 +51,8 @@ class Call:
         """Losses of rows [n] -> what the call returns: their weighted sum, scaled, or the weighted rows."""
         loss = row if self.row_weight is None else row * self.row_weight
         if self.scale is None:
-            return loss
+            # Never the tensor of the rows itself, which may be the cross-entropy too: that one has no gradient.
+            return loss.clone() if loss is row else loss
         # Without any kept token the sum is an exact 0, whatever the scale (1/0, say) may be.
         total = loss.sum()
         if isinstance(self.count, Tensor):
@@ -183,10 +184,8 @@ def _outputs(ctx: Any, loss: Tensor, done: RowLoss) -> tuple[Tensor | None, ...]
     return loss, *facts
 
 
-def _rows(
-    call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_gradient: bool
-) -> tuple[RowLoss, Tensor | None]:
-    """Losses of the compacted rows, and the logits that the backward will use."""
+def _rows(call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_gradient: bool) -> tuple[RowLoss, Any]:
+    """Losses of the compacted rows, and the triton_loss.KeptLogits that the backward will use, if there are any."""
     options, shard, logits = call.options, call.shard, None
     offset = 0 if shard is None else shard.offset
     if call.triton:

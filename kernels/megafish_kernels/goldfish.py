@@ -23,11 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megafish_kernels.triton_runtime import uses_triton
+from megafish_kernels.backends import Backend, uses_triton
 
 Window = Literal["preceding", "inclusive"]
 Scheme = Literal["goldfish-v1", "table", "static", "random"]
-Backend = Literal["auto", "torch", "triton"]
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 
 _MASK = 2**64 - 1

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafish_kernels import triton_runtime
 from megafish_kernels.autograd import Call, OnePass, TwoPass, spread
+from megafish_kernels.backends import Backend, takes_triton
 from megafish_kernels.rows import KeptRows, compact_rows
 from megafish_kernels.shard import Shard, own_columns
 from megafish_kernels.torch_backend import Options, reduction_dtype
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     sequence_sharded: bool = False,
     main_grad: Tensor | None = None,
     logits_bytes: int | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
     return_stats: bool | Literal["loss"] = False,
     audit_dropped: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -110,7 +110,7 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
             looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
-    _check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, backend, return_stats)
+    _check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, return_stats)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
     if vocab_size is None:
@@ -140,7 +140,7 @@ def linear_cross_entropy(
         raise ValueError(f"weight: dtype {weight.dtype} must be that of hidden, {hidden.dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
-    use_triton = _use_triton(backend, device, hidden.dtype)
+    use_triton = _use_triton(backend, hidden)
     dtype = reduction_dtype(hidden.dtype)
 
     flat = targets.reshape(-1).long()
@@ -228,20 +228,10 @@ def linear_cross_entropy(
     return loss, LossStats(lse, entropy, correct, cross_entropy, dropped)
 
 
-def _use_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    if backend == "torch":
-        return False
-    if backend == "auto":
-        return device.type == "cuda" and dtype != torch.float64 and triton_runtime.runs_on(device)
-    if not triton_runtime.runs_on(device):
-        raise ValueError(
-            f'backend: "triton" cannot run on {device}: it needs triton and a CUDA device (or TRITON_INTERPRET=1, set '
-            "before the first kernel is imported, for its interpreter on the CPU)"
-        )
-    if dtype == torch.float64 or (dtype == torch.bfloat16 and device.type == "cpu"):
-        why = "in Triton's interpreter, whose bfloat16 arithmetic is wrong" if dtype == torch.bfloat16 else ""
-        raise ValueError(f'backend: "triton" does not take {dtype} {why}'.rstrip() + '; use "torch"')
-    return True
+def _use_triton(backend: Backend, hidden: Tensor) -> bool:
+    if backend == "triton" and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+        raise ValueError('backend: Triton\'s interpreter computes bfloat16 wrongly; take float32, float16 or "torch"')
+    return takes_triton(backend, hidden)
 
 
 def _kept_rows(
@@ -287,7 +277,6 @@ def _check_options(
     label_smoothing: float,
     softcap: float | None,
     logits_bytes: int | None,
-    backend: str,
     return_stats: bool | str,
 ) -> None:
     if reduction not in ("mean", "sum", "none"):
@@ -306,8 +295,6 @@ def _check_options(
         raise ValueError(f"softcap: {softcap} must be above 0")
     if logits_bytes is not None and logits_bytes < 1:
         raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
     if return_stats not in (False, True, "loss"):
         raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
 

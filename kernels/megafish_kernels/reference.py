@@ -1,4 +1,4 @@
-"""The linear cross-entropy as its definition reads, in float64 and with all logits: the oracle of the tests."""
+"""The operators as their definitions read, in float64 and by torch's own autograd: the oracles of the tests."""
 
 from __future__ import annotations
 
@@ -60,3 +60,25 @@ def reference_linear_cross_entropy(
             "cross_entropy": torch.where(keep, -at_target, 0.0),
         }
     return loss, stats
+
+
+def reference_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` in float64: (the normalized sum, the sum), the sum being x without a residual."""
+    total = x.double() if residual is None else x.double() + residual.double()
+    return total / torch.sqrt((total * total).mean(dim=-1, keepdim=True) + eps) * weight.double(), total
+
+
+def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` of one tensor in float64, as a product of complex numbers x[i] + j x[i + half] and cos + j sin."""
+    half = x.shape[-1] // 2
+    numbers = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = numbers * torch.complex(cos[..., :half].double(), sin[..., half:].double())
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def reference_swiglu(gate_up: Tensor) -> Tensor:
+    """`swiglu` in float64."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megafish_kernels.backends import Backend, uses_triton
 from megafish_kernels.goldfish import (
-    Backend,
     Scheme,
     Window,
     checked_options,
@@ -17,13 +17,12 @@ from megafish_kernels.goldfish import (
     triton_options,
     whole,
 )
-from megafish_kernels.triton_runtime import uses_triton
 
 
 class KeptRows(NamedTuple):
     """The rows of a flattened batch that are kept: `index[:count]`."""
 
-    index: Tensor  # type: ignore[assignment]  # not the tuple's method
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, as count does tuple.count
     """int32 [N]: the kept rows, ascending, and then 0 to the end: row 0 may be read there, but it means nothing."""
     count: Tensor | int  # type: ignore[assignment]
     """int32, 0-d: how many rows are kept, on the device of `index`. An int where the host knows it: all of `index`."""

@@ -9,7 +9,9 @@ Four ideas, of which the first three are known and the fourth is why they are pu
   a slab, two products take it from there. All rows are in one product, so that each row of the weight's gradient is
   written once, or added once to a main gradient, and never rounded on the way.
 - The logits of as many columns as the byte budget holds are kept by the forward, and their gradient overwrites them:
-  (8 - 2c) n V D operations with a share c of the columns kept.
+  (8 - 2c) n V D operations with a share c of the columns kept. They are kept as differences from the largest logit of
+  their row in their tile, so that rounding is finest where the probability lies (logits rounded as they are would make
+  probabilities near 1 wrong by |logit| / 256 in bf16).
 - Only kept rows exist here (n of them), and nobody asks the device how many there are: programs beyond the count, which
   lies in the device's memory, end at once. Where the host knows the count, the two products are the BLAS library's.
 """
@@ -81,7 +83,7 @@ def _logits(
 
 @triton.jit
 def _forward(
-    hidden, weight, bias, targets, count, figures, kept_logits,
+    hidden, weight, bias, targets, count, figures, kept_logits, kept_tops,
     capacity, V, D, tiles_each, offset, kept_columns, kept_stride, scale, softcap,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
@@ -117,10 +119,6 @@ def _forward(
                 BM, BN, BK, EVEN, BIAS, SOFTCAP, PRECISION,
             )  # fmt: skip
             real = (column < V)[None, :]
-            if KEEP:  # noqa: SIM102 (decided when the kernel is compiled)
-                if begin < kept_columns:
-                    place = kept_logits + rows.to(tl.int64)[:, None] * kept_stride + column[None, :]
-                    tl.store(place, logits, mask=(row < n)[:, None] & (column < kept_columns)[None, :])
             # A target of another shard may carry the number of a padding column: only real ones can match.
             hit = (column[None, :] == target[:, None]) & real
             at_target += tl.sum(tl.where(hit, logits, 0.0), axis=1)
@@ -128,6 +126,12 @@ def _forward(
                 plain += tl.sum(tl.where(real, logits, 0.0), axis=1)
             logits = tl.where(real, logits, _LOWEST)
             tile_top = tl.max(logits, axis=1)
+            if KEEP:  # noqa: SIM102 (decided when the kernel is compiled)
+                if begin < kept_columns:
+                    place = kept_logits + rows.to(tl.int64)[:, None] * kept_stride + column[None, :]
+                    stored = (row < n)[:, None] & (column < kept_columns)[None, :]
+                    tl.store(place, logits - tile_top[:, None], mask=stored)
+                    tl.store(kept_tops + tl.cast(tile, tl.int64) * capacity + row, tile_top, mask=row < n)
             if STATS:
                 first_best = tl.min(tl.where(logits == tile_top[:, None], column[None, :], V), axis=1)
                 best = tl.where(tile_top > top, (offset + first_best).to(tl.float32), best)
@@ -153,8 +157,8 @@ def _forward(
 
 @triton.jit
 def _gradient(
-    hidden, weight, bias, targets, count, lse, factors, slab, bias_parts,
-    V, D, begin, columns, stride, row_blocks, scale, softcap, z_twice, smoothing, spread,
+    hidden, weight, bias, targets, count, lse, factors, slab, tops, bias_parts,
+    capacity, V, D, begin, columns, stride, row_blocks, scale, softcap, z_twice, smoothing, spread,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEPT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,7 +166,8 @@ def _gradient(
     """The gradient of the rows' losses by the logits of columns [begin, begin + columns), in the slab [n, stride].
 
     factor (probability (1 + 2 z lse) - (1 - smoothing) onehot - smoothing / vocabulary) softcap' scale, in fp32,
-    rounded once. KEPT: the slab holds the logits, which are overwritten; otherwise they are computed anew.
+    rounded once. KEPT: the slab holds the logits less their tile's tops, in tiles of BN columns, and is overwritten;
+    otherwise logits are computed anew.
     """
     program = tl.program_id(0)
     column_blocks = tl.cdiv(columns, BN)
@@ -185,7 +190,8 @@ def _gradient(
     place = slab + rows.to(tl.int64)[:, None] * stride + local[None, :]
     stored = (row < n)[:, None] & in_slab[None, :]
     if KEPT:
-        logits = tl.load(place, mask=stored, other=0.0).to(tl.float32)
+        top = tl.load(tops + tl.cast(first // BN, tl.int64) * capacity + rows)
+        logits = tl.load(place, mask=stored, other=0.0).to(tl.float32) + top[:, None]
     else:
         logits = _logits(
             hidden, weight, bias, row_block * BM, n - 1, begin + first, V - 1, D, scale, softcap,
@@ -295,11 +301,22 @@ def kept_columns(capacity: int, columns: int, itemsize: int, logits_bytes: int |
     return max(0, fitting - slab) // 256 * 256, slab
 
 
+class KeptLogits(NamedTuple):
+    """Logits that the forward leaves for the backward: values + tops of their tile."""
+
+    values: Tensor
+    """[capacity, kept columns] in the dtype of the hidden states: the logits less the largest of row and tile."""
+    tops: Tensor
+    """fp32 [tiles, capacity], these largest ones."""
+    tile_columns: int
+    """Columns of a tile."""
+
+
 def partials(
     kept: Kept, weight: Tensor, bias: Tensor | None, options: Options, offset: int, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, KeptLogits | None]:
     """[splits, F, capacity] figures of the rows over this weight's part of the vocabulary, whose first id is `offset`;
-    and the logits [capacity, kept columns] of its first columns, where a gradient will want them."""
+    and the logits of its first columns, where a gradient will want them."""
     hidden, fields, columns = kept.hidden, options.fields, options.columns
     capacity, width = hidden.shape
     if columns == 0 or capacity == 0:
@@ -315,7 +332,11 @@ def partials(
     keep = 0
     if need_gradient:
         keep, _ = kept_columns(capacity, columns, hidden.element_size(), options.logits_bytes)
-    logits = _aligned(hidden.new_empty(capacity * _stride(keep)), capacity, keep) if keep else None
+    logits = None
+    if keep:
+        values = _aligned(hidden.new_empty(capacity * _stride(keep)), capacity, keep)
+        tops = figures.new_empty(triton.cdiv(keep, tile.columns), capacity)
+        logits = KeptLogits(values, tops, tile.columns)
     launch(
         _forward,
         (blocks, splits),
@@ -325,7 +346,8 @@ def partials(
         kept.targets,
         kept.on_device,
         figures,
-        logits,
+        logits.values if logits else None,
+        logits.tops if logits else None,
         capacity,
         columns,
         width,
@@ -356,7 +378,7 @@ def _flags(width: int, tile: Tile, bias: Tensor | None, options: Options) -> dic
 
 def gradients(
     kept: Kept,
-    logits: Tensor | None,
+    logits: KeptLogits | None,
     weight: Tensor,
     bias: Tensor | None,
     options: Options,
@@ -399,15 +421,15 @@ def gradients(
     return Gradients(grad_hidden, None if main_grad is not None else grad_weight, grad_bias)
 
 
-def _chunks(kept: Kept, logits: Tensor | None, columns: int, options: Options) -> list[tuple[int, Tensor]]:
+def _chunks(kept: Kept, logits: KeptLogits | None, columns: int, options: Options) -> list[tuple[int, Tensor]]:
     """(columns, slab [capacity, columns]) of each chunk, the kept logits first; the others share one slab."""
     hidden = kept.hidden
     capacity = hidden.shape[0]
     chunks = []
     begin = 0
     if logits is not None:
-        begin = logits.shape[1]
-        chunks.append((begin, logits))
+        begin = logits.values.shape[1]
+        chunks.append((begin, logits.values))
     if begin < columns:
         _, wanted = kept_columns(capacity, columns, hidden.element_size(), options.logits_bytes)
         # Kept logits were used up by an earlier backward: the whole budget is a slab's now.
@@ -438,11 +460,17 @@ def _logits_gradient(
     options: Options,
     lse: Tensor,
     factors: Tensor,
-    logits: Tensor | None,
+    logits: KeptLogits | None,
     need_bias: bool,
 ) -> Tensor | None:
-    """Fill the slab; returns the sums of its columns by blocks of rows, fp32 [blocks, columns], if they are needed."""
+    """Fill the slab; returns the sums of its columns by blocks of rows, fp32 [blocks, columns], if they are needed.
+
+    `logits`: what the slab holds already, less their tops; None if they are to be computed.
+    """
     tile = _tiles(kept).gradient
+    if logits is not None:
+        # No product here. The columns are those of the tops; fewer rows leave registers for more programs.
+        tile = Tile(min(32, tile.rows), logits.tile_columns, tile.inner, 4, 1)
     capacity, width = kept.hidden.shape
     columns = slab.shape[1]
     row_blocks = triton.cdiv(capacity, tile.rows)
@@ -458,7 +486,9 @@ def _logits_gradient(
         lse,
         factors,
         slab,
+        logits.tops if logits else None,
         parts,
+        capacity,
         options.columns,
         width,
         begin,
@@ -472,7 +502,7 @@ def _logits_gradient(
         options.label_smoothing / options.vocab_size,
         **_flags(width, tile, bias, options),
         GROUP=8,
-        KEPT=slab is logits,
+        KEPT=logits is not None,
         BIAS_GRADIENT=need_bias,
         **tile.launch(),
     )

@@ -9,6 +9,9 @@ The index of kept rows comes from each block's count, written by the kernel that
 counts, and a kernel in which each block puts its rows in their places: deterministic, without atomics.
 """
 
+# Kernels' arguments are the compiler's own values, which have no useful Python types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -35,7 +38,7 @@ _TWO_32 = tl.constexpr(2**32)
 
 
 @triton.jit
-def _mix(state):  # type: ignore[no-untyped-def]
+def _mix(state):
     """splitmix64's finaliser on uint64."""
     state = (state ^ (state >> 30)) * _MIX_1
     state = (state ^ (state >> 27)) * _MIX_2
@@ -43,7 +46,7 @@ def _mix(state):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _same_document(inside, column, at, back, BY_POSITION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _same_document(inside, column, at, back, BY_POSITION: tl.constexpr):
     """Whether the token `back` before lies in the row and in the document, given that the one after it does."""
     inside = inside & (column >= back)
     if at is not None:
@@ -75,7 +78,7 @@ _RUNTIME_INTEGERS = [
 
 # The integers are not specialized: a batch of another shape, another seed or k starts the kernel that is there.
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
-def goldfish_kernel(  # type: ignore[no-untyped-def]
+def goldfish_kernel(
     out,
     counts,
     tokens,
@@ -186,7 +189,7 @@ def goldfish_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["total"])
-def count_kernel(counts, keep, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def count_kernel(counts, keep, total, BLOCK: tl.constexpr):
     """counts[p]: rows kept in block p."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = tl.load(keep + row, mask=row < total, other=0) != 0
@@ -194,7 +197,7 @@ def count_kernel(counts, keep, total, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit(do_not_specialize=["total"])
-def scatter_kernel(index, count, keep, ends, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def scatter_kernel(index, count, keep, ends, total, BLOCK: tl.constexpr):
     """Each row to its place: the kept ones in order, and behind them, as 0, the others.
 
     ends[p]: rows kept in blocks 0 ... p.

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,10 +42,13 @@ class _Recording:
 _recording: _Recording | None = None
 
 
-@lru_cache(maxsize=1)
+# Looked up once, and not by a cached function: torch.compile warns of those.
+_installed = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """Whether triton can be imported (looked up, not imported)."""
-    return importlib.util.find_spec("triton") is not None
+    return _installed
 
 
 def interpreted() -> bool:
@@ -62,21 +64,6 @@ def runs_on(device: torch.device) -> bool:
     if device.type == "cuda":
         return not interpreted()
     return (device.type == "cpu" and interpreted()) or (device.type == "meta" and _recording is not None)
-
-
-def uses_triton(backend: str, device: torch.device) -> bool:
-    """Whether a function's `backend` of "auto", "torch" or "triton" means its Triton kernels on this device.
-
-    "auto" leaves the CPU to torch, where the kernels could only be interpreted, and so does it what torch.compile
-    traces, which fuses torch's own operations and cannot look into `launch`.
-    """
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
-    if backend == "auto":
-        return device.type != "cpu" and not torch.compiler.is_compiling() and runs_on(device)
-    if backend == "triton" and not runs_on(device):
-        raise ValueError(f"backend: triton cannot run on {device} here; it takes a CUDA device, and triton installed")
-    return backend == "triton"
 
 
 def architecture(device: torch.device) -> int:

@@ -54,8 +54,8 @@ def _yarn(frequencies: torch.Tensor, scaling: RopeScaling, theta: float) -> torc
 class RotaryTable:
     """cos and sin of every position, fp32 [length, head_dim], grown on demand and kept per device.
 
-    Laid out for `fused.rotary`: cos repeats its half, the first half of sin is negated. Not a module buffer: a buffer
-    would be rounded when the model is cast to bf16.
+    Laid out for `megafish_kernels.rotary`: cos repeats its half, the first half of sin is negated. Not a module
+    buffer: a buffer would be rounded when the model is cast to bf16.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -18,9 +18,8 @@ from megafish.data.loader import IGNORE
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
-from megafish.model.fused import rms_norm, rotary, swiglu
 from megafish.model.rope import RotaryTable
-from megafish_kernels import linear_cross_entropy
+from megafish_kernels import linear_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
 from megafish_kernels.torch_backend import padded_rows
 
 
@@ -68,15 +67,18 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019). With a residual it is added
+    to x first, and the sum is returned too: (the normalized sum, the sum)."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
         self.weight = weight
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(x, self.weight, self.eps, residual=residual)
 
 
 class KVCache:
@@ -165,11 +167,12 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """x [b, S, D] -> [b, S, D], or [n, D] for the given flat rows only."""
         heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
-        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = both.split((self.heads, self.kv_heads), dim=-2)
-            both = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
-        query, key = rotary(both, step.cos, step.sin).split((self.heads, self.kv_heads), dim=-2)
+        # Neither the projection nor a norm needs its output again.
+        if self.q_norm is None or self.k_norm is None:
+            query, key, value = rotary_qkv(heads, step.cos, step.sin, self.heads, self.kv_heads, overwrite=True)
+        else:
+            query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+            query, key = rotary(self.q_norm(query), self.k_norm(key), step.cos, step.sin, overwrite=True)
         if step.cache is not None:
             assert step.positions is not None
             key, value = step.cache.append(self.layer, key, value, step.positions)
@@ -194,7 +197,7 @@ class FeedForward(nn.Module):
         self.down = Linear(init.normal(f"{name}.down.weight", (width, inner), _residual_std(config)), biases[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(self.gate_up(x), overwrite=True))
 
 
 class Block(nn.Module):
@@ -211,8 +214,10 @@ class Block(nn.Module):
         """x [b, S, D] -> [b, S, D]. With `rows` (int64 indices into the flattened batch), only those rows come out,
         as [n, D]: what follows the attention is not computed for the others."""
         mixed = self.attention(self.attention_norm(x), step, rows)
-        x = mixed + (x if rows is None else x.flatten(0, 1).index_select(0, rows))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)
+        normed, x = self.feed_forward_norm(mixed, x)
+        return x + self.feed_forward(normed)
 
 
 class Embedding(nn.Module):
