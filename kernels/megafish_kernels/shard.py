@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both; the old names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -25,16 +29,17 @@ class Shard:
 
     def gather_figures(self, figures: Tensor) -> Tensor:
         """[F, n] -> [T, F, n], the figures of all ranks, in one collective."""
-        gathered = figures.new_empty(self.size, *figures.shape)
-        dist.all_gather_into_tensor(gathered, figures.contiguous(), group=self.group)
-        return gathered
+        count, rows = figures.shape
+        gathered = figures.new_empty(self.size * count, rows)
+        _all_gather(gathered, figures.contiguous(), group=self.group)
+        return gathered.view(self.size, count, rows)
 
     def gather_rows(self, hidden: Tensor) -> Tensor:
         """Hidden states [N / T, D] of each rank -> [N, D]; the same tensor if all ranks have them already."""
         if not self.sequence_sharded:
             return hidden
         gathered = hidden.new_empty(self.size * hidden.shape[0], hidden.shape[1])
-        dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=self.group)
+        _all_gather(gathered, hidden.contiguous(), group=self.group)
         return gathered
 
     def add_up(self, gradient: Tensor) -> None:
@@ -44,7 +49,7 @@ class Shard:
     def add_up_own(self, gradient: Tensor) -> Tensor:
         """Shares [N, D] of a gradient -> the sum of all ranks' for this rank's rows [N / T, D]."""
         own = gradient.new_empty(gradient.shape[0] // self.size, gradient.shape[1])
-        dist.reduce_scatter_tensor(own, gradient, group=self.group)
+        _reduce_scatter(own, gradient, group=self.group)
         return own
 
 
