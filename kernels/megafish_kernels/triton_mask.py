@@ -28,7 +28,7 @@ from megafish_kernels.triton_runtime import launch
 # the coefficients, the same for all tokens of a warp, run on its scalar unit.
 _BLOCK = 256
 _WARPS = 8
-# Windows up to this are unrolled whole; a wider one by eights, which keeps registers and compile time small.
+# Windows up to this are unrolled whole; a wider one by twos: by fours or eights, ptxas spills some variants of it.
 _UNROLLED = tl.constexpr(16)
 
 _GOLDEN = tl.constexpr(goldfish.GOLDEN)
@@ -146,7 +146,7 @@ def goldfish_kernel(
             token = tl.load(token_at - back, mask=inside, other=-1).to(tl.int64)
             key += _mix(state) * (token + 1).to(tl.uint64)
     else:
-        for back in tl.range(1, REACH + 1, loop_unroll_factor=8):
+        for back in tl.range(1, REACH + 1, loop_unroll_factor=2):
             state += _GOLDEN
             inside = _same_document(inside, column, mark_at, back, BY_POSITION)
             token = tl.load(token_at - back, mask=inside, other=-1).to(tl.int64)

@@ -22,9 +22,6 @@ ROOT = HERE.parents[1]
 PENDING = {
     "linear_cross_entropy",
     "linear_cross_entropy_32k",
-    "goldfish_drop",
-    "goldfish_drop_h50",
-    "goldfish_keep",
     "rms_norm",
     "rotary",
     "swiglu",

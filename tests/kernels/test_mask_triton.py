@@ -68,7 +68,7 @@ def ks_of(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 
 def configuration(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
-    h = int(rng.choice([1, 1, 2, 2, 3, 3, 4, 5, 6])) if rng.random() < 0.95 else int(rng.integers(7, 65))
+    h = int(rng.choice([1, 1, 2, 2, 3, 3, 4, 5, 6])) if rng.random() < 0.97 else int(rng.integers(7, 65))
     window = str(rng.choice(["preceding", "inclusive"]))
     reach = h if window == "preceding" else h - 1
     halo = 0 if rng.random() < 0.5 else reach + int(rng.integers(0, 4))
@@ -94,7 +94,7 @@ def configuration(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]
     if given in (2, 3):
         options["positions"] = positions.astype(rng.choice(["int32", "int64"]))
     if rng.random() < 0.4:
-        options["min_context"] = int(rng.integers(0, reach + 6)) if rng.random() < 0.95 else 2**33
+        options["min_context"] = int(rng.integers(0, reach + 6)) if rng.random() < 0.98 else 2**33
         if 0 < halo < options["min_context"]:
             options["positions"] = positions
     if rng.random() < 0.3:
@@ -132,7 +132,7 @@ def test_the_three_paths_agree(batch: int, triton_device: torch.device) -> None:
             got = goldfish_drop(tensor, **arguments, backend=backend)  # type: ignore[arg-type]
             assert got.dtype == torch.bool and got.shape == tensor.shape
             np.testing.assert_array_equal(got.cpu().numpy(), expected, err_msg=f"{backend} {tokens.shape} {options}")
-        if rng.random() < 0.2:
+        if rng.random() < 0.15:
             check_keep(rng, tensor, expected, arguments)
     assert dropped > 3 * PER_BATCH
 
@@ -302,7 +302,7 @@ def test_backends_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend: 'torch' is for tensors"):
         goldfish_drop(tokens.numpy(), k=2, backend="torch")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="backend: triton cannot run on cpu"):
+    with pytest.raises(ValueError, match='backend: "triton" cannot run on cpu'):
         goldfish_drop(tokens, k=2, backend="triton")
 
 

@@ -66,5 +66,5 @@ def test_mistakes_are_named() -> None:
         compact_rows(torch.empty(2**31, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="backend: 'cuda' is not one of"):
         compact_rows(torch.ones(3, dtype=torch.bool), backend="cuda")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend: triton cannot run on meta"):
+    with pytest.raises(ValueError, match='backend: "triton" cannot run on meta'):
         compact_rows(torch.empty(3, dtype=torch.bool, device="meta"), backend="triton")
