@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,23 @@ from typing import Any
 
 Launch = Callable[..., subprocess.Popen[str]]
 """Starts a number of processes of a Python command."""
+
+
+def start(folder: Path, processes: int, *command: str) -> subprocess.Popen[str]:
+    """Start `processes` processes of a Python command in `folder`, by torchrun unless it is one, in a session of their
+    own."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*python, *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:

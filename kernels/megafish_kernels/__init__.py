@@ -2,6 +2,7 @@
 loop. Imports nothing of megafish."""
 
 from megafish_kernels.goldfish import goldfish_coefficients, goldfish_drop
+from megafish_kernels.head import LinearCrossEntropyHead
 from megafish_kernels.loss import LossStats, linear_cross_entropy
 from megafish_kernels.norm import rms_norm
 from megafish_kernels.rope import rotary, rotary_qkv
@@ -10,6 +11,7 @@ from megafish_kernels.swiglu import swiglu
 
 __all__ = [
     "KeptRows",
+    "LinearCrossEntropyHead",
     "LossStats",
     "compact_rows",
     "goldfish_coefficients",

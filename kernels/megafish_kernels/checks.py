@@ -34,6 +34,11 @@ def check_options(
         raise ValueError(f'denominator: goes with reduction "mean" alone, got {reduction!r}')
     if isinstance(denominator, Tensor) and denominator.dim() != 0:
         raise ValueError(f"denominator: expected a 0-d tensor, got shape {tuple(denominator.shape)}")
+    if isinstance(denominator, Tensor) and denominator.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"denominator: {denominator.dtype} rounds a count of tokens; give an integer or fp32 (FSDP's mixed "
+            "precision casts the floating-point arguments of a forward, but no integers)"
+        )
     if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
         raise ValueError(f"denominator: {denominator} must be above 0")
     if z_loss < 0:
@@ -49,10 +54,17 @@ def check_options(
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias), ("hidden", hidden), ("targets", targets)):
+        # For isinstance torch.distributed.tensor would have to be imported, which takes a second or two.
+        if tensor is not None and hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"{name}: is a DTensor, of which this process holds a part. FSDP gathers a parameter around the "
+                "forward of the module that owns it: call this there, as LinearCrossEntropyHead does"
+            )
     if weight.dim() != 2:
         raise ValueError(
             f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
-            "forward of the module that owns it: call this there)"
+            "forward of the module that owns it: call this there, as LinearCrossEntropyHead does)"
         )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden: expected [..., {weight.shape[1]}] as weight has it, got {tuple(hidden.shape)}")

@@ -82,7 +82,8 @@ def linear_cross_entropy(
             of drop and ignore_index. With an int as its count the host knows the shapes, and the products of the Triton
             backend are the BLAS library's, which are the faster ones.
         denominator: what "mean" divides by: the sum of the weights of the whole global batch, a number or a 0-d tensor
-            (which is not read by the host). Default: the sum of the weights of this call's kept tokens.
+            of integers or fp32, which the host does not read. Default: the sum of the weights of this call's kept
+            tokens.
         reduction: "mean", "sum", or "none" for the loss of each token, 0 where left out.
         z_loss: coefficient of lse^2, added to each token's loss before its weight (PaLM, arXiv 2204.02311, section 5).
         label_smoothing: a of (1 - a) * onehot + a / vocab_size as the target's distribution.
@@ -159,14 +160,12 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling():
         if shard is not None or main_grad is not None:
             raise ValueError("group, main_grad: not within torch.compile; call from a function that is kept out of it")
-        loss, cross_entropy, lse, entropy, correct = compiled.run(hidden, weight, bias, *selection)
+        loss, *facts = compiled.run(hidden, weight, bias, *selection)
     else:
         call = make_call(*selection, shard, main_grad)
         outputs = call.function.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
         loss = call.shaped(outputs[0], targets.shape) if reduction == "none" else outputs[0]
-        cross_entropy, lse, entropy, correct = (
-            None if fact is None else call.shaped(fact, targets.shape) for fact in outputs[1:]
-        )
+        facts = [None if fact is None else call.shaped(fact, targets.shape) for fact in outputs[1:]]
     if not return_stats:
         return loss
     dropped = None
@@ -192,6 +191,7 @@ def linear_cross_entropy(
             )
         assert isinstance(others, Tensor)
         dropped = others
+    cross_entropy, lse, entropy, correct = facts
     assert cross_entropy is not None and lse is not None
     return loss, LossStats(lse, entropy, correct, cross_entropy, dropped)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import Launch
+from tests.helpers import Launch, start
 
 SHAPE = "{num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, intermediate_size: 128}"
 
@@ -31,20 +29,5 @@ def settings(corpus: Path) -> list[str]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Start `processes` processes of a Python command, by torchrun unless it is one, in a session of their own."""
-
-    def start(processes: int, *command: str) -> subprocess.Popen[str]:
-        python = [sys.executable]
-        if processes > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        return subprocess.Popen(
-            [*python, *command],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    return start
+    """`start` of tests.helpers in this test's folder."""
+    return partial(start, tmp_path)

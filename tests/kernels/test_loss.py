@@ -448,6 +448,7 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"reduction": "sum", "denominator": 3}, "denominator: goes with"),
         ({"denominator": 0}, "denominator: 0"),
         ({"denominator": torch.ones(2)}, "denominator: expected a 0-d"),
+        ({"denominator": torch.ones((), dtype=torch.bfloat16)}, "denominator: torch.bfloat16 rounds"),
         ({"z_loss": -1.0}, "z_loss"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"softcap": 0.0}, "softcap"),
