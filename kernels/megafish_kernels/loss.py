@@ -159,7 +159,8 @@ def linear_cross_entropy(
     selection = (targets, token_weight, drop, rows, ignore_index, reduction, denominator, options, use_triton)
     if torch.compiler.is_compiling():
         if shard is not None or main_grad is not None:
-            raise ValueError("group, main_grad: not within torch.compile; call from a function that is kept out of it")
+            # Tracing ends here, and the call is made outside the graph.
+            raise ValueError("group, main_grad: not within torch.compile's graph")
         loss, *facts = compiled.run(hidden, weight, bias, *selection)
     else:
         call = make_call(*selection, shard, main_grad)
