@@ -4,10 +4,10 @@
     python benchmarks/loss.py --vocab 32768 --repeats 5 --save
 
 Peers: full logits with F.cross_entropy, and torch.nn.functional.linear_cross_entropy, unfused and chunked. Dropped
-tokens are ignored targets in all of them. "products" is what no implementation can do without: the three matrix products
-over the kept tokens alone, in megafish's chunks and nothing between them; its loss is no loss. Every measurement is a process of its own, and the methods take turns, so
-that a change of the machine's load meets all of them. Memory is what the step adds to the process's peak, with the
-gradients of the hidden states and the weight.
+tokens are ignored targets in all of them. "products" is what no implementation can do without: the three matrix
+products over the kept tokens alone, in megafish's chunks and nothing between them; its loss is no loss. Every
+measurement is a process of its own, and the methods take turns, so that a change of the machine's load meets all of
+them. Memory is what the step adds to the process's peak, with the gradients of the hidden states and the weight.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def main() -> None:
                 ]
             )
     text = (
-        f"{args.tokens} tokens, fp32, {args.threads} threads; forward and backward. Medians of {args.repeats} processes "
-        f"of {args.steps} steps. Ratios are to megafish: above 1, megafish is better. Memory is what a step adds to the "
+        f"{args.tokens} tokens, fp32, {args.threads} threads; forward and backward. Medians of {args.repeats} processes of "
+        f"{args.steps} steps. Ratios are to megafish: above 1, megafish is better. Memory is what a step adds to the "
         "process's peak, and what of it is beyond the gradients of the hidden states and the weight.\n\n"
     )
     text += table(rows, header)
