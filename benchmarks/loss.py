@@ -141,9 +141,9 @@ def main() -> None:
                 ]
             )
     text = (
-        f"{args.tokens} tokens, fp32, {args.threads} threads; forward and backward. Medians of {args.repeats} processes of "
-        f"{args.steps} steps. Ratios are to megafish: above 1, megafish is better. Memory is what a step adds to the "
-        "process's peak, and what of it is beyond the gradients of the hidden states and the weight.\n\n"
+        f"{args.tokens} tokens, fp32, {args.threads} threads; forward and backward. Medians of {args.repeats} "
+        f"processes of {args.steps} steps. Ratios are to megafish: above 1, megafish is better. Memory is what a step "
+        "adds to the process's peak, and what of it is beyond the gradients of the hidden states and the weight.\n\n"
     )
     text += table(rows, header)
     print(f"{machine()}\n\n{text}")
