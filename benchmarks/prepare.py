@@ -103,14 +103,19 @@ def run_prepare(corpus: Path, folder: Path, model: Path, workers: int, seconds: 
     seconds.put((time.perf_counter() - start, _cpu_seconds() - cpu))
 
 
-def measured_prepare(corpus: Path, folder: Path, model: Path, workers: int) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds of all processes, and their highest resident memory together, in bytes."""
+def measured_prepare(
+    corpus: Path, folder: Path, model: Path, workers: int, memory: bool = False
+) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds of all processes, and their highest resident memory together, in bytes.
+
+    The memory only on request (else 0), since looking for it takes a good part of a core from the processes.
+    """
     context = multiprocessing.get_context("spawn")
     seconds = context.Queue()
     process = context.Process(target=run_prepare, args=(corpus, folder, model, workers, seconds))
     process.start()
     tree, peak = psutil.Process(process.pid), 0
-    while process.is_alive() and seconds.empty():
+    while memory and process.is_alive() and seconds.empty():
         try:
             peak = max(peak, sum(_memory(member) for member in [tree, *tree.children(recursive=True)]))
         except psutil.NoSuchProcess:
@@ -119,6 +124,7 @@ def measured_prepare(corpus: Path, folder: Path, model: Path, workers: int) -> t
     process.join()
     if process.exitcode:
         raise SystemExit(f"prepare failed with {process.exitcode}")
+    shutil.rmtree(folder)
     return *seconds.get(), peak
 
 
@@ -168,9 +174,9 @@ def main() -> None:
                     bare.append(bare_encode(model, corpus, args.workers))
                     pools.append(pool_encode(model, corpus, args.workers))
                     ours.append(measured_prepare(corpus, folder / "out", model, args.workers))
-                    shutil.rmtree(folder / "out")
+                peak = measured_prepare(corpus, folder / "out", model, args.workers, memory=True)[2]
                 wall, cpu, pool = min(b[0] for b in bare), min(b[1] for b in bare), min(pools)
-                own_wall, own_cpu, peak = (min(o[i] for o in ours) for i in range(3))
+                own_wall, own_cpu = min(o[0] for o in ours), min(o[1] for o in ours)
                 rows.append(
                     [
                         kind,
