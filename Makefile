@@ -35,7 +35,7 @@ types: $(VENV)/.installed-dev ## Check type hints
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev ## Run every benchmark (ARGS="--save" keeps the tables in benchmarks/results)
-	@for script in $$(ls benchmarks/*.py | grep -v '/common.py'); do \
+	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 clean: ## Remove the environment, caches and build output (runs/ is kept)

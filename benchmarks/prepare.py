@@ -1,8 +1,9 @@
 """`prepare` against the tokenizer library's own encode: the same text, the same number of processes.
 
 The text is the Python standard library's source, as .jsonl with one document a file, repeated for the larger sizes.
-The library's time is that of its batch encode alone, on texts that its processes hold in memory already; prepare's is
-that of the whole call: start of the processes, reading, parsing, hashing, splitting, writing, checksums.
+The library is timed twice, on texts that are in memory already: its batch encode alone, in processes that have started
+("encode"), and the same in a plain pool of spawned processes with their start ("pool", see prepare_pool.py). prepare's
+time is that of the whole call: start of the processes, reading, parsing, hashing, splitting, writing, checksums.
 
     python benchmarks/prepare.py --save
 """
@@ -14,6 +15,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -86,6 +89,13 @@ def bare_encode(model: Path, corpus: Path, workers: int) -> tuple[float, float]:
     return max(wall for wall, _ in results), sum(cpu for _, cpu in results)
 
 
+def pool_encode(model: Path, corpus: Path, workers: int) -> float:
+    """Wall seconds of a spawned pool, with the start of its processes."""
+    script = Path(__file__).with_name("prepare_pool.py")
+    command = [sys.executable, str(script), str(model), str(corpus), str(workers)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def run_prepare(corpus: Path, folder: Path, model: Path, workers: int, seconds: Any) -> None:
     """What the measured process runs: the whole call, the start of its workers included."""
     start, cpu = time.perf_counter(), _cpu_seconds()
@@ -93,14 +103,19 @@ def run_prepare(corpus: Path, folder: Path, model: Path, workers: int, seconds: 
     seconds.put((time.perf_counter() - start, _cpu_seconds() - cpu))
 
 
-def measured_prepare(corpus: Path, folder: Path, model: Path, workers: int) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds of all processes, and their highest resident memory together, in bytes."""
+def measured_prepare(
+    corpus: Path, folder: Path, model: Path, workers: int, memory: bool = False
+) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds of all processes, and their highest resident memory together, in bytes.
+
+    The memory only on request (else 0), since looking for it takes a good part of a core from the processes.
+    """
     context = multiprocessing.get_context("spawn")
     seconds = context.Queue()
     process = context.Process(target=run_prepare, args=(corpus, folder, model, workers, seconds))
     process.start()
     tree, peak = psutil.Process(process.pid), 0
-    while process.is_alive() and seconds.empty():
+    while memory and process.is_alive() and seconds.empty():
         try:
             peak = max(peak, sum(_memory(member) for member in [tree, *tree.children(recursive=True)]))
         except psutil.NoSuchProcess:
@@ -109,6 +124,7 @@ def measured_prepare(corpus: Path, folder: Path, model: Path, workers: int) -> t
     process.join()
     if process.exitcode:
         raise SystemExit(f"prepare failed with {process.exitcode}")
+    shutil.rmtree(folder)
     return *seconds.get(), peak
 
 
@@ -129,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3, help="the best of this many is shown (larger sizes run once)")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of this many is shown, for each side")
     parser.add_argument(
         "--runs",
         nargs="+",
@@ -153,21 +169,23 @@ def main() -> None:
                 train_tokenizer([corpora[1]], model, args.vocab_size, kind, sample_bytes=2 << 20, progress=False)
             for size in sizes:
                 corpus = corpora[size]
-                repeats = range(args.repeats if size == sizes[0] else 1)
-                bare = [bare_encode(model, corpus, args.workers) for _ in repeats]
-                ours = []
-                for _ in repeats:
+                bare, pools, ours = [], [], []
+                for _ in range(args.repeats):  # by turns, so that a busy while of the machine meets all alike
+                    bare.append(bare_encode(model, corpus, args.workers))
+                    pools.append(pool_encode(model, corpus, args.workers))
                     ours.append(measured_prepare(corpus, folder / "out", model, args.workers))
-                    shutil.rmtree(folder / "out")
-                wall, cpu = min(b[0] for b in bare), min(b[1] for b in bare)
-                own_wall, own_cpu, peak = (min(o[i] for o in ours) for i in range(3))
+                peak = measured_prepare(corpus, folder / "out", model, args.workers, memory=True)[2]
+                wall, cpu, pool = min(b[0] for b in bare), min(b[1] for b in bare), min(pools)
+                own_wall, own_cpu = min(o[0] for o in ours), min(o[1] for o in ours)
                 rows.append(
                     [
                         kind,
                         f"{text_bytes[size] / 1e6:.0f}",
                         f"{wall:.2f}",
+                        f"{pool:.2f}",
                         f"{own_wall:.2f}",
                         f"{own_wall / wall:.2f}",
+                        f"{own_wall / pool:.2f}",
                         f"{cpu:.2f}",
                         f"{own_cpu:.2f}",
                         f"{own_cpu / cpu:.2f}",
@@ -175,7 +193,9 @@ def main() -> None:
                     ]
                 )
                 print(common.table(rows[-1:], HEADER), flush=True)
-    text = f"{args.workers} processes, vocabulary {args.vocab_size}, text repeated for the larger sizes.\n\n"
+    text = f"{args.workers} processes, vocabulary {args.vocab_size}, text repeated for the larger sizes; "
+    text += f"the best of {args.repeats} runs of each. encode: the library alone, its processes started already. "
+    text += "pool: the library in a pool of spawned processes, with their start.\n\n"
     text += common.table(rows, HEADER)
     print(text)
     if args.save:
@@ -186,11 +206,13 @@ HEADER = (
     "tokenizer",
     "text [MB]",
     "encode [s]",
+    "pool [s]",
     "prepare [s]",
-    "ratio",
+    "prepare / encode",
+    "prepare / pool",
     "encode CPU [s]",
     "prepare CPU [s]",
-    "ratio",
+    "prepare / encode",
     "peak memory, all processes [MiB]",
 )
 

@@ -50,18 +50,10 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.finish()
         self.close()
 
-    def finish(self) -> None:
-        """Put everything on the disk and close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
     def close(self) -> None:
-        """Close, finished or not."""
+        """Write what is left to write and close."""
         self._file.close()
 
 
@@ -90,7 +82,7 @@ class _Split:
 
     def finish(self) -> dict[str, Any]:
         """Close the .bin, write the .idx and the ks, and return the split's entry of the manifest."""
-        self.bin.finish()
+        self.bin.close()
         files = {self.bin.path.name: self.bin.entry()}
         with HashedFile(self._folder / f"{self.name}.idx") as index:
             index.write(HEADER.pack(MAGIC, VERSION, CODES[self._dtype], self.documents, self.documents + 1))

@@ -3,7 +3,9 @@
 Runs in worker processes: imports neither torch nor anything heavy.
 
 A finished unit is three files: NUMBER.tokens (ids of all documents, each with its end-of-document token),
-NUMBER.documents (an array of `DOCUMENT`) and NUMBER.json, written last: a unit without it has not been done.
+NUMBER.documents (an array of `DOCUMENT`) and NUMBER.json, written last: a unit without it has not been done. It holds
+the checksums of the others, so that nobody has to wait for the disk: what a crash of the machine has spoilt is noticed
+when the run is continued, and done again.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import errno
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +51,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class Unit:
-    """A finished unit, as read back by `finished_unit`."""
+    """What a finished unit holds."""
 
     tokens: int
     documents: int
@@ -65,7 +68,7 @@ def encode_unit(
     tokenizer: Tokenizer,
     options: EncodeOptions,
     on_bytes: Callable[[int], None],
-) -> None:
+) -> Unit:
     """Read and encode the documents of `pieces` and leave the unit's files in `folder`.
 
     `on_bytes` is told the bytes of input that are done. Memory: a batch of about 1 MiB of text, or one document.
@@ -88,29 +91,16 @@ def encode_unit(
                 on_bytes(done - reported)
                 reported = done
             on_bytes(total - reported)
-            sync(tokens_file)
-            sync(documents_file)
-        summary = {
-            "tokens": encoder.tokens,
-            "documents": encoder.documents,
-            "own_k": encoder.own_k,
-            "pieces": counts,
-            "candidates": [asdict(candidate) for candidate in keeper.candidates()] if keeper is not None else [],
-        }
-        with open(beside[2], "wb") as summary_file:
-            summary_file.write(json.dumps(summary).encode("utf-8"))
-            sync(summary_file)
+        unit = Unit(encoder.tokens, encoder.documents, encoder.own_k, counts)
+        candidates = keeper.candidates() if keeper is not None else []
+        summary = {**vars(unit), "crc32": encoder.crc32, "candidates": [vars(candidate) for candidate in candidates]}
+        beside[2].write_text(json.dumps(summary), encoding="utf-8")
         for source, target in zip(beside, names, strict=True):
             os.replace(source, target)
+        return unit
     finally:
         for path in beside:
             path.unlink(missing_ok=True)
-
-
-def sync(file: IO[bytes]) -> None:
-    """Put a file on the disk, so that the rename that declares it finished cannot outlive its content in a crash."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def unit_file(folder: Path, number: int, kind: str) -> Path:
@@ -118,16 +108,22 @@ def unit_file(folder: Path, number: int, kind: str) -> Path:
     return folder / f"{number:08d}.{kind}"
 
 
-def finished_unit(folder: Path, number: int, itemsize: int) -> Unit | None:
-    """The unit if all of its files are there and whole, else None. `itemsize`: bytes of a token."""
+def finished_unit(folder: Path, number: int) -> Unit | None:
+    """The unit if all of its files are there and as they were written, else None."""
     try:
         summary = json.loads(unit_file(folder, number, "json").read_text(encoding="utf-8"))
-        sizes = [unit_file(folder, number, kind).stat().st_size for kind in ("tokens", "documents")]
-        if sizes != [summary["tokens"] * itemsize, summary["documents"] * DOCUMENT.itemsize]:
-            return None
+        for kind, crc in summary["crc32"].items():
+            if _crc32(unit_file(folder, number, kind)) != crc:
+                return None
         return Unit(summary["tokens"], summary["documents"], summary["own_k"], summary["pieces"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed have left of their units."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def unit_candidates(folder: Path, number: int) -> list[Candidate]:
@@ -164,6 +160,7 @@ class _Encoder:
         self.tokens = 0
         self.documents = 0
         self.own_k = 0
+        self.crc32 = {"tokens": 0, "documents": 0}
         self._tokenizer = tokenizer
         self._options = options
         self._keeper = keeper
@@ -185,9 +182,19 @@ class _Encoder:
         tokens = np.concatenate(stream).astype(self._dtype)
         tokens_file.write(tokens.data)
         documents_file.write(rows.data)
+        self.crc32["tokens"] = zlib.crc32(tokens.data, self.crc32["tokens"])
+        self.crc32["documents"] = zlib.crc32(rows.data, self.crc32["documents"])
         self.tokens += len(tokens)
         self.documents += len(batch)
         self.own_k += int((rows["k"] != DEFAULT_K).sum())
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _batches(pieces: Sequence[Piece], options: ReadOptions, counts: list[int]) -> Iterator[list[tuple[Document, str]]]:

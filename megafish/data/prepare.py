@@ -1,8 +1,8 @@
 """`prepare`: files of text to a corpus folder that training can read.
 
-The input is cut into units. Worker processes turn units into token files below OUTPUT/.prepare; these are then put
-together in order. A run that was killed is continued by the same call: finished units are kept. The result depends on
-the input and the settings alone, not on the number of processes or on interruptions.
+The input is cut into units. Processes, this one among them, turn units into token files below OUTPUT/.prepare; these
+are then put together in order. A run that was killed is continued by the same call: finished units are kept. The result
+depends on the input and the settings alone, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -12,26 +12,34 @@ import fcntl
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from megafish.data.assemble import HashedFile, assemble
 from megafish.data.canary import Canary, CanaryConfig, Candidate, CandidateKeeper, choose
-from megafish.data.encode import EncodeOptions, Unit, disk, encode_unit, finished_unit, text_hash, unit_candidates
+from megafish.data.encode import (
+    EncodeOptions,
+    Unit,
+    disk,
+    encode_unit,
+    finished_unit,
+    remove_unfinished,
+    text_hash,
+    unit_candidates,
+)
 from megafish.data.indexed import optimal_dtype
 from megafish.data.manifest import FORMAT, MANIFEST, VERSION
 from megafish.data.readers import InputFile, Piece, ReadOptions, find_files, read_piece, split_file
 from megafish.data.tokenizer import Tokenizer, load_tokenizer
+from megafish.data.workers import Worker, WorkerKilledError, start_workers
 from megafish.errors import InputError
 from megafish.progress import Track, track
 
@@ -72,11 +80,10 @@ def prepare(
 
     Each document becomes its ids and an end-of-document token, in the order of the input (folders by sorted path).
     `valid_fraction` of the documents, chosen by a hash of their text and `split_seed`, go to the validation split, so
-    that duplicates are on one side; 0 writes no validation split. `workers`: processes, by default one a core.
-    `overwrite` replaces a corpus that is there, once the new one is complete, and forgets an unfinished run with other
-    settings.
+    that duplicates are on one side; 0 writes no validation split. `workers`: processes, this one included, by default
+    one a core. `overwrite` replaces a corpus that is there, once the new one is complete, and forgets an unfinished run
+    with other settings.
 
-    With more than one worker, call it below `if __name__ == "__main__":` in a script: workers are started afresh.
     Raises InputError for whatever the user can mend, naming file and place.
     """
     if not 0 <= valid_fraction < 1:
@@ -87,7 +94,6 @@ def prepare(
         raise InputError(f"workers={workers} must be at least 1")
     read = ReadOptions(text_key, goldfish_k_key, documents, tuple(text_suffixes))
     options = EncodeOptions(read, valid_fraction, split_seed, canaries)
-    coder = load_tokenizer(tokenizer, eos=eos)
     files, skipped = find_files(inputs, read)
     if goldfish_k_key is not None and all(file.kind == "text" for file in files):
         raise InputError(
@@ -98,15 +104,18 @@ def prepare(
     for file in files:
         if folder.resolve() in Path(file.path).resolve().parents:
             raise InputError(f"{folder}: the output folder is part of the input ({file.path}); choose another")
-    plan = _plan(files, coder, options)
     units = _units(files, read)
-    with disk(folder), _work_folder(folder, plan, overwrite) as work:
-        with track(sum(file.size for file in files), "encoding", "B", enabled=progress) as tracker:
-            if skipped:
-                tracker.note(f"left out {len(skipped)} files with other suffixes, the first is {skipped[0]}")
-            done = _encode(work, units, coder, options, _count(workers), tracker)
-        _check_unchanged(files)
-        _finish(folder, work, files, units, done, coder, options, plan, progress)
+    # First of all: they take a while to start.
+    with start_workers(min(_count(workers), len(units)) - 1, tokenizer, eos) as others:
+        coder = load_tokenizer(tokenizer, eos=eos)
+        plan = _plan(files, coder, options)
+        with disk(folder), _work_folder(folder, plan, overwrite) as work:
+            with track(sum(file.size for file in files), "encoding", "B", enabled=progress) as tracker:
+                if skipped:
+                    tracker.note(f"left out {len(skipped)} files with other suffixes, the first is {skipped[0]}")
+                done = _encode(work, units, coder, options, others, tracker)
+            _check_unchanged(files)
+            _finish(folder, work, files, units, done, coder, options, plan, progress)
     return folder / MANIFEST
 
 
@@ -178,6 +187,7 @@ def _work_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
         try:
             yield work
         except BaseException:
+            remove_unfinished(work / "units")
             if not any((work / "units").glob("*.json")):  # nothing worth keeping: leave no trace
                 (work / _PLAN).unlink()
                 shutil.rmtree(work)
@@ -210,91 +220,70 @@ def _compare(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> None
 # ------------------------------------------------------------------------------------------------------------- encoding
 
 
+class _Stopped(Exception):
+    """The main thread wants no more."""
+
+
 def _encode(
-    work: Path, units: list[list[Piece]], tokenizer: Tokenizer, options: EncodeOptions, workers: int, tracker: Track
-) -> list[Unit]:
-    folder = work / "units"
-    itemsize = optimal_dtype(tokenizer.vocab_size).itemsize
-    found = [finished_unit(folder, number, itemsize) for number in range(len(units))]
-    todo = [number for number, unit in enumerate(found) if unit is None]
-    tracker.set(sum(piece.size for n, unit in enumerate(found) if unit for piece in units[n]), already_done=True)
-    if min(workers, len(todo)) > 1:
-        _encode_in_processes(folder, units, todo, tokenizer, options, min(workers, len(todo)), tracker)
-    else:
-        for number in todo:
-            encode_unit(folder, number, units[number], tokenizer, options, tracker.advance)
-    done = [unit or finished_unit(folder, number, itemsize) for number, unit in enumerate(found)]
-    whole = [unit for unit in done if unit is not None]
-    assert len(whole) == len(units), "a unit was encoded and is not there"
-    return whole
-
-
-def _encode_in_processes(
-    folder: Path,
+    work: Path,
     units: list[list[Piece]],
-    todo: list[int],
     tokenizer: Tokenizer,
     options: EncodeOptions,
-    workers: int,
+    workers: list[Worker],
     tracker: Track,
-) -> None:
-    # Spawned, not forked: the caller may have threads (a progress display, torch) whose locks a fork would copy.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    stop = context.Event()
-    setup = (tokenizer.path, tokenizer.sha256, tokenizer.eos_id, options, counter, stop)
-    before = tracker.done
-    with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
-        pending: set[Future[None]] = {pool.submit(_work_on, folder, number, units[number]) for number in todo}
+) -> list[Unit]:
+    """Encode the units that are not there yet: in this process and in `workers`, each of which has a thread here."""
+    folder = work / "units"
+    remove_unfinished(folder)
+    lock, stop = threading.Lock(), threading.Event()
+    encoded = 0  # bytes of input
+
+    def on_bytes(count: int) -> None:
+        nonlocal encoded
+        with lock:
+            encoded += count
+        if stop.is_set():
+            raise _Stopped
+
+    def take() -> int | None:
+        with lock:
+            return next(left, None)
+
+    def encode_here() -> None:
+        while (number := take()) is not None:
+            done[number] = encode_unit(folder, number, units[number], tokenizer, options, on_bytes)
+
+    def encode_in(worker: Worker) -> None:
+        # It takes a unit only when it has started: meanwhile this process may well do them all.
+        _check_tokenizer(tokenizer.path, worker.tokenizer_sha256(), tokenizer.sha256)
+        while (number := take()) is not None:
+            done[number] = worker.encode_unit(folder, number, units[number], options, on_bytes)
+
+    with ThreadPoolExecutor(1 + len(workers)) as pool:
+        done: list[Unit | None] = []
+        for pieces, unit in zip(units, pool.map(partial(finished_unit, folder), range(len(units))), strict=True):
+            done.append(unit)
+            if unit is not None:
+                tracker.set(tracker.done + sum(piece.size for piece in pieces), already_done=True)
+        before = tracker.done
+        left = iter([number for number, unit in enumerate(done) if unit is None])
         try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                tracker.set(before + counter.value)
+            running = {pool.submit(encode_here), *(pool.submit(encode_in, worker) for worker in workers)}
+            while None in done:
+                finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                tracker.set(before + encoded)
                 for future in finished:
                     future.result()
-        except BrokenProcessPool:
+        except WorkerKilledError:
             raise InputError(
-                f"{folder.parent.parent}: a worker process was killed (out of memory?); start again, perhaps with "
-                "fewer workers: what is done is kept"
+                f"{work.parent}: a worker process was killed (out of memory?); start again, perhaps with fewer "
+                "workers: what is done is kept"
             ) from None
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Stopped(Exception):
-    """The main process wants no more."""
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(path: Path, sha256: str, eos_id: int, options: EncodeOptions, counter: Any, stop: Any) -> None:
-    # Ctrl-C reaches the whole process group: the main process decides, by `stop`.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker.update(path=path, sha256=sha256, eos_id=eos_id, options=options, counter=counter, stop=stop)
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work_on(folder: Path, number: int, pieces: list[Piece]) -> None:
-    def on_bytes(count: int) -> None:
-        with _worker["counter"].get_lock():
-            _worker["counter"].value += count
-        if _worker["stop"].is_set():
-            raise _Stopped
-
-    if "tokenizer" not in _worker:  # here, not in `_start_worker`, whose exceptions would be lost
-        tokenizer = load_tokenizer(_worker["path"], eos=_worker["eos_id"])
-        _check_tokenizer(tokenizer.path, tokenizer.sha256, _worker["sha256"])
-        _worker["tokenizer"] = tokenizer
-    encode_unit(folder, number, pieces, _worker["tokenizer"], _worker["options"], on_bytes)
+            for worker in workers:
+                worker.kill()
+    return [unit for unit in done if unit is not None]
 
 
 def _check_tokenizer(path: Path, found: str, expected: str) -> None:
@@ -401,6 +390,7 @@ def _finish(
         "canaries": canary_entry,
     }
     _write_json(final / MANIFEST, manifest)
+    _sync(final)
     # At no time does a manifest stand beside files that are not its own.
     (folder / MANIFEST).unlink(missing_ok=True)
     for output in _OUTPUTS:
@@ -444,6 +434,17 @@ def _write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def _sync(folder: Path) -> None:
+    """Put the files of a folder on the disk. All at once: that takes little longer than one of them."""
+
+    def sync(path: Path) -> None:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, folder.iterdir()))
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from megafish.data import prepare as module
+from megafish.data import workers as workers_module
 from megafish.data.canary import CanaryConfig
 from megafish.data.indexed import IndexedDataset
 from megafish.data.prepare import prepare
@@ -200,10 +201,10 @@ def test_killed_in_a_unit_or_in_the_last_moves_and_continued(
     encode = module.encode_unit
     encoded = 0
 
-    def note(*args: Any) -> None:
+    def note(*args: Any) -> Any:
         nonlocal encoded
         encoded += 1
-        encode(*args)
+        return encode(*args)
 
     context = multiprocessing.get_context("fork")
     for fatal in (0, 7, total - moves, total - 1):
@@ -238,45 +239,82 @@ def test_stopped_with_processes_and_continued(
     run(tmp_path / "whole")
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\n"
+        "import sys, time\n"
         "from megafish.data import prepare\n"
+        "encode_unit = prepare.encode_unit\n"
+        "def encode_slowly(*args):\n"  # in this process alone: it encodes a few units, the worker the most
+        "    time.sleep(0.05)\n"
+        "    return encode_unit(*args)\n"
+        "prepare.encode_unit = encode_slowly\n"
         "prepare._UNIT_BYTES = (4000, 4000)\n"
-        "if __name__ == '__main__':\n"
-        "    source, output, tokenizer = sys.argv[1:]\n"
-        "    prepare.prepare([source], output, tokenizer, valid_fraction=0.1, workers=2, progress=False)\n"
+        "source, output, tokenizer = sys.argv[1:]\n"
+        "prepare.prepare([source], output, tokenizer, valid_fraction=0.1, workers=2, progress=False)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(source), str(tmp_path / "killed"), str(bpe_file)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    # A session of its own, so that the whole of it can be hit, as by Ctrl-C in a terminal.
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     units = tmp_path / "killed" / ".prepare" / "units"
-    while process.poll() is None and not list(units.glob("*.json")):
+    while process.poll() is None and len(list(units.glob("*.json"))) < 40:
         time.sleep(0.005)
     workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(blow)
-    assert process.wait() == -blow
+    assert len(workers) == 1
+    os.killpg(process.pid, blow)
+    _, errors = process.communicate()
+    assert process.returncode == -blow
+    assert errors.count("Traceback") == (blow == signal.SIGINT)  # the worker says nothing
     assert not (tmp_path / "killed" / "manifest.json").exists()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive  # no process is left behind
+    assert blow == signal.SIGKILL or not list(units.glob("*.tmp"))
     run(tmp_path / "killed", workers=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("units_done", [0, 3])
 def test_a_killed_worker_is_told_and_the_run_continues(
-    run: Callable[..., Any], source: Path, tmp_path: Path, small_units: None
+    run: Callable[..., Any],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_units: None,
+    units_done: int,
 ) -> None:
     source.write_bytes(source.read_bytes() * 3)
+    encode = module.encode_unit
+    before = set(psutil.Process().children())
+    started, killed = threading.Event(), threading.Event()
 
-    def kill_a_worker() -> None:
-        while not list((tmp_path / "out" / ".prepare" / "units").glob("*.json")):
+    def kill_the_worker() -> None:
+        assert started.wait(60)
+        while len(list((tmp_path / "out" / ".prepare" / "units").glob("*.json"))) < units_done:
             time.sleep(0.005)
-        workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-        workers[-1].kill()
+        (worker,) = set(psutil.Process().children()) - before
+        worker.kill()
+        killed.set()
 
-    thread = threading.Thread(target=kill_a_worker, daemon=True)
-    thread.start()
-    with pytest.raises(InputError, match=r"out: a worker process was killed.*what is done is kept"):
-        run(tmp_path / "out", workers=2)
+    def encode_later(*args: Any) -> Any:
+        started.set()
+        assert killed.wait(60)
+        return encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_unit", encode_later)
+        threading.Thread(target=kill_the_worker, daemon=True).start()
+        with pytest.raises(InputError, match=r"out: a worker process was killed.*what is done is kept"):
+            run(tmp_path / "out", workers=2)
     run(tmp_path / "out", workers=2)
+    run(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_worker_that_starts_late_is_not_waited_for(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: None
+) -> None:
+    monkeypatch.setattr(workers_module, "_START", "import time; time.sleep(3600)")
+    before = psutil.Process().children()
+    run(tmp_path / "out", workers=2)
+    assert psutil.Process().children() == before
     run(tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -490,10 +528,11 @@ def test_input_that_changes_meanwhile(
 ) -> None:
     encode = module.encode_unit
 
-    def change(*args: Any) -> None:
-        encode(*args)
+    def change(*args: Any) -> Any:
+        unit = encode(*args)
         with open(source, "ab") as file:
             file.write(b"\n")
+        return unit
 
     monkeypatch.setattr(module, "encode_unit", change)
     with pytest.raises(InputError, match=r"source\.jsonl: the file has changed while it was read"):
@@ -508,9 +547,10 @@ def test_a_tokenizer_that_changes_meanwhile(
     copy.write_bytes(bpe_file.read_bytes())
     encode = module.encode_unit
 
-    def change(*args: Any) -> None:
-        encode(*args)
+    def change(*args: Any) -> Any:
+        unit = encode(*args)
         copy.write_bytes(b"another")
+        return unit
 
     monkeypatch.setattr(module, "encode_unit", change)
     with pytest.raises(InputError, match=r"copy\.model: the tokenizer has changed while prepare ran"):
