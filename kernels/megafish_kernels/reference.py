@@ -36,7 +36,7 @@ def reference_linear_cross_entropy(
         logits = torch.tanh(logits / softcap) * softcap
 
     keep = targets != ignore_index
-    weights = torch.ones(targets.shape, dtype=torch.float64)
+    weights = torch.ones(targets.shape, dtype=torch.float64, device=targets.device)
     if token_weight is not None:
         weights = token_weight.detach().double()
         keep = keep & (weights != 0)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 # Read by triton when a kernel is defined, so before any test imports one.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 

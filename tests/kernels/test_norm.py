@@ -116,7 +116,9 @@ def test_gradient_of_each_result_alone_and_of_each_input_alone(backend: Any) -> 
     for index, tensor in enumerate((x, residual, weight)):
         fixed = [t if i == index else t.detach() for i, t in enumerate((x, residual, weight))]
         y, _ = rms_norm(fixed[0], fixed[2], EPS, residual=fixed[1], backend=backend)
-        assert torch.equal(torch.autograd.grad(y.sum(), tensor)[0], every[index])
+        # A kernel of its own for what is asked for: on a GPU it may fuse other products and sums.
+        rounding = 0.0 if device.type == "cpu" else 1e-6
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), tensor)[0], every[index], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -234,7 +234,9 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
+    # All of it on the CPU, also where there is a GPU: FSDP would take that one by itself.
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     outcome: dict[str, dict[str, Any]] = {}
