@@ -235,7 +235,8 @@ def test_killed_in_a_unit_or_in_the_last_moves_and_continued(
 def test_stopped_with_processes_and_continued(
     run: Callable[..., Any], source: Path, bpe_file: Path, tmp_path: Path, small_units: None, blow: signal.Signals
 ) -> None:
-    source.write_bytes(source.read_bytes() * 3)
+    # Hundreds of units remain when the blow falls, however long it takes on a busy machine.
+    source.write_bytes(source.read_bytes() * 15)
     run(tmp_path / "whole")
     script = tmp_path / "script.py"
     script.write_text(
@@ -255,7 +256,7 @@ def test_stopped_with_processes_and_continued(
     # A session of its own, so that the whole of it can be hit, as by Ctrl-C in a terminal.
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     units = tmp_path / "killed" / ".prepare" / "units"
-    while process.poll() is None and len(list(units.glob("*.json"))) < 40:
+    while process.poll() is None and len(list(units.glob("*.json"))) < 20:
         time.sleep(0.005)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) == 1
