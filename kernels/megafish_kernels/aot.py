@@ -363,6 +363,7 @@ def violations(facts: KernelFacts, products: Collection[str] = ()) -> list[str]:
         found.append(f"{where}: {facts.shared} B of shared memory, the limit is {limit}")
     if facts.occupancy.blocks == 0:
         found.append(f"{where}: not one program fits on an SM, for want of {facts.occupancy.limited_by}")
-    if facts.kernel in products and not facts.tensor_ops:
+    # With its logits kept, the loss's gradient kernel has nothing to multiply.
+    if facts.kernel in products and not facts.constants.get("KEPT") and not facts.tensor_ops:
         found.append(f"{where}: a product without a tensor-core instruction")
     return found

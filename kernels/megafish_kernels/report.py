@@ -43,10 +43,20 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=grad and dtype.is_floating_point)
 
 
-def _loss(tokens: int, vocab: int, dim: int) -> None:
+_FEATURES: dict[str, Any] = {
+    "z_loss": 1e-4,
+    "label_smoothing": 0.1,
+    "softcap": 30.0,
+    "logits_bytes": 1,
+    "return_stats": True,
+}
+
+
+def _loss(tokens: int, vocab: int, dim: int, **options: Any) -> None:
     targets = _meta(tokens, dtype=torch.int64)
-    loss = _operation("linear_cross_entropy")(_meta(tokens, dim), _meta(vocab, dim), targets, backend="triton")
-    loss.backward()
+    inputs = (_meta(tokens, dim), _meta(vocab, dim), targets)
+    loss = _operation("linear_cross_entropy")(*inputs, backend="triton", **options)
+    (loss if isinstance(loss, Tensor) else loss[0]).backward()
 
 
 def _mask(k: int, h: int) -> None:
@@ -80,6 +90,10 @@ def _swiglu() -> None:
 # One line for each: name, shapes in words, the calls. Shapes are those of Llama-3.1-8B and TinyLlama.
 WORKLOADS: dict[str, Workload] = {
     "linear_cross_entropy": Workload("N 8192, V 128256, D 4096, bf16", lambda arch: _loss(8192, 128256, 4096)),
+    "linear_cross_entropy_recompute": Workload(
+        "the same, no logits kept, all features", lambda arch: _loss(8192, 128256, 4096, **_FEATURES)
+    ),
+    "linear_cross_entropy_few": Workload("N 512, V 50257, D 768, bf16", lambda arch: _loss(512, 50257, 768)),
     "linear_cross_entropy_32k": Workload("N 8192, V 32000, D 2048, bf16", lambda arch: _loss(8192, 32000, 2048)),
     "goldfish_drop": Workload("8 x 8192 tokens, k 4, h 13", lambda arch: _mask(4, 13)),
     "goldfish_drop_h50": Workload("8 x 8192 tokens, k 50, h 50", lambda arch: _mask(50, 50)),
@@ -89,7 +103,7 @@ WORKLOADS: dict[str, Workload] = {
     "swiglu": Workload("8192 x 14336, bf16", lambda arch: _swiglu()),
 }
 
-PRODUCTS: frozenset[str] = frozenset()
+PRODUCTS = frozenset({"_forward", "_gradient", "_product"})
 """Kernels (by the name of their function) whose work is a matrix product: they must use the tensor cores."""
 
 
