@@ -70,9 +70,10 @@ def main() -> None:
         if error.errno not in _MACHINE:
             raise
         _fail(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C, without a word
+            print("interrupted", file=sys.stderr)
+        raise
 
 
 def _fail(message: str) -> None:

@@ -530,7 +530,8 @@ def _read(source: str, folder: Path, readers: tuple[Path, ...]) -> dict[str, Any
             near = difflib.get_close_matches(source, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             asked = f"{readers[-1]}: extends" if readers else "no configuration"
-            raise InputError(f"{asked} {source!r}{hint}: give a YAML file that exists, or one of {', '.join(names)}")
+            file = "a YAML file" if readers else "a YAML file or a run directory"
+            raise InputError(f"{asked} {source!r}{hint}: give {file} that exists, or one of {', '.join(names)}")
         path = _preset_folder() / f"{source}.yaml"
     path = path.resolve()
     if path in readers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,3 +180,14 @@ def test_another_tokenizer_is_refused(call: Call, copied: Path, tmp_path: Path) 
 
 def test_batches_that_do_not_divide_are_refused(call: Call, corpus: Path) -> None:
     assert_refused(train_on(call, corpus, "train.global_batch_size=5"), "global_batch_size=5", "micro_batch_size=2")
+
+
+def test_ctrl_c_is_said(tmp_path: Path) -> None:
+    """On a pipe that nobody writes to, the command waits until it is interrupted."""
+    os.mkfifo(tmp_path / "text.txt")
+    command = [sys.executable, "-m", "megafish", "tokenizer", str(tmp_path / "text.txt"), "--output", "t.model"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "text.txt", "w"):  # opens once the command reads
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.strip() == "interrupted"

@@ -81,8 +81,9 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> Non
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """What a continued run does otherwise than before, one phrase a setting."""
-    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+    """What a continued run does otherwise than before, one phrase a setting. Where it lies is no change."""
+    before, after = (config.model_dump(mode="json", exclude={"run_dir"}) for config in (old, new))
+    return _differences(before, after, "")
 
 
 def verify_checkpoint(folder: Path) -> None:

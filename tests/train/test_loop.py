@@ -177,8 +177,10 @@ def test_going_back_sets_later_checkpoints_aside(settings: list[str]) -> None:
 def test_a_resume_says_what_changed_and_keeps_the_old_settings(settings: list[str]) -> None:
     directory = run(settings).run
     console = Console(record=True, width=300, file=io.StringIO())
-    train(configure(settings, "train.steps=6", "optimizer.lr=5e-4"), resume=True, console=console)
+    moved = f"run_dir={directory.path.parent / '.' / directory.path.name}/../{directory.path.name}"
+    train(configure(settings, "train.steps=6", "optimizer.lr=5e-4", moved), resume=True, console=console)
     text = console.export_text()
+    assert "run_dir was" not in text, "the same place by another name is no change"
     assert "changed from step 4 on: " in text
     assert "optimizer.lr was 0.001, is 0.0005" in text and "train.steps was 4, is 6" in text
     assert load_config(directory.path / "config.until_step_00000004.yaml").optimizer.lr == 0.001
