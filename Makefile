@@ -12,7 +12,7 @@ ARGS ?=
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types bench clean
+.PHONY: help quickstart test lint format types bench gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,9 +34,16 @@ format: $(VENV)/.installed-dev ## Mend style and formatting
 types: $(VENV)/.installed-dev ## Check type hints
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev ## Run every benchmark (ARGS="--save" keeps the tables in benchmarks/results)
-	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py); do \
+bench: $(VENV)/.installed-dev ## Run every benchmark that needs no GPU (ARGS="--save" keeps the tables)
+	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py -e /kernels_gpu.py); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+gpu: $(VENV)/.installed-dev ## Test the kernels on this machine's GPU and time them beside their peers (ARGS="--repeats 50")
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo "make gpu: torch sees no CUDA device here. Nothing was tested, and nothing timed" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(VENV)/.installed-bench
+	$(BIN)/python -m pytest tests/gpu tests/kernels
+	$(BIN)/python benchmarks/kernels_gpu.py --save $(ARGS)
 
 clean: ## Remove the environment, caches and build output (runs/ is kept)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -57,3 +64,8 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# Liger and CCE, beside which benchmarks/kernels_gpu.py puts our kernels.
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) install -c constraints.txt -e '.[dev,bench]'
+	@touch $@

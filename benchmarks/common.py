@@ -42,6 +42,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpus() -> list[str]:
+    """Name, memory and driver of every GPU, as nvidia-smi gives them."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [f"{line.strip()} (driver)" for line in done.stdout.splitlines() if line.strip()]
+
+
 def _commit() -> str:
     """Short hash of the checked-out commit, with a note when the tree has changes that it does not hold."""
     here = Path(__file__).parent
@@ -69,6 +79,7 @@ def machine() -> str:
             continue
     lines = [
         f"- CPU: {_cpu_model()}, {cores} cores, {memory:.0f} GiB memory, {platform.system()} {platform.machine()}",
+        *(f"- GPU: {gpu}" for gpu in _gpus()),
         f"- versions: {', '.join(versions)}",
         f"- commit: {_commit()}",
         f"- date: {datetime.date.today().isoformat()}",
