@@ -146,7 +146,7 @@ def test_kernels_install_from_their_sdist(checkout: Path, tmp_path: Path) -> Non
     assert built(folder).name.startswith(f"megafish_kernels-{megafish.__version__}-")
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "types", "bench", "clean", "help"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "types", "bench", "gpu", "clean", "help"])
 def test_makefile_has_the_target(target: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", target], cwd=ROOT, capture_output=True, text=True

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megafish_kernels.cost import Shape
 from megafish_kernels.tiles import LossTiles, Tile, override
 from tests.gpu import checks
 from tests.gpu.checks import FEATURES, ROWS, problem
@@ -131,3 +135,65 @@ def test_compiled(reduction: str, rows: str, triton_device: torch.device) -> Non
 @pytest.mark.parametrize(("packed", "window", "tied"), [(False, None, False), (True, 16, True)])
 def test_model(packed: bool, window: int | None, tied: bool) -> None:
     checks.check_model(torch.device("cpu"), torch.bfloat16, packed, window, tied)
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/kernels_gpu.py, with what torch.compile is given in place of what it makes of that."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    module = importlib.import_module("kernels_gpu")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # peers have their own interpreters' gaps
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("k", [None, 4])
+def test_methods_of_the_benchmark_agree(k: int | None, benchmark: Any, triton_device: torch.device) -> None:
+    shape = Shape("tiny", 48, 300, 32)
+    rows = benchmark.head_rows(shape, k, triton_device, torch.float32, 1, ["torch chunked"])
+    assert len(rows) == 8 and rows[0][0] == f"tiny, {k or 'off'}, megafish"
+    assert {row[5] for row in rows} == {rows[0][5]}, rows  # the same loss
+
+
+def test_operators_of_the_benchmark_agree(benchmark: Any, triton_device: torch.device) -> None:
+    sizes = benchmark.Sizes(2, 8, 32, 4, 2, 8, 24, 600)
+    for name, make in benchmark.OPERATORS.items():
+        rows = benchmark.rows_of(name, make(sizes, triton_device, torch.float32), triton_device, 1, [], 3)
+        assert len(rows) == 3, name
+        values = [float(row[5]) for row in rows]
+        assert max(values) - min(values) < 2e-4, rows
+
+
+def test_a_method_that_fails_has_a_row(benchmark: Any) -> None:
+    def fails() -> Any:
+        raise ValueError("no such thing\nand more")
+
+    def absent() -> Any:
+        raise benchmark.NotOffered("not in this version")
+
+    def broken() -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def full() -> Any:
+        raise torch.cuda.OutOfMemoryError("all of it")
+
+    cpu = torch.device("cpu")
+    rows = benchmark.rows_of("x", {"a": fails, "b": absent, "c": full, "Liger": fails}, cpu, 1, [], 2)
+    said = [row[0] for row in rows]
+    assert said == ["x, a: ValueError: no such thing", "x, b: not in this version", "x, c: out of memory"]
+    assert len(benchmark.missing_peers()) == 2
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        benchmark.rows_of("x", {"a": broken}, cpu, 1, [], 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_without_a_gpu_says_so_in_a_line(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kernels_gpu.py", "--save"])
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == ["kernels_gpu: no CUDA device, and nothing else is timed here"]
