@@ -86,10 +86,10 @@ def spread(values: Tensor, index: Tensor | None, count: int | Tensor, size: int)
         return values
     place = index.long()
     if not isinstance(count, Tensor):
-        return values.new_zeros(size, *values.shape[1:]).index_copy(0, place, values)
+        return values.new_zeros(size, *values.shape[1:]).index_copy_(0, place, values)
     # What stands past the count goes to one more row, which is cut off.
     place = torch.where(torch.arange(place.shape[0], device=place.device) < count, place, size)
-    return values.new_zeros(size + 1, *values.shape[1:]).index_copy(0, place, values)[:size]
+    return values.new_zeros(size + 1, *values.shape[1:]).index_copy_(0, place, values)[:size]
 
 
 class OnePass(torch.autograd.Function):
@@ -178,6 +178,8 @@ class TwoPass(torch.autograd.Function):
             else:
                 rows = Rows(taken, local, None, factors)
                 gradients = torch_backend.gradients(rows, weight, bias, call.options, lse, ctx.needs)
+            # Kept logits can be a gigabyte, which what follows may have.
+            del logits
             grad_hidden = _whole(gradients.hidden, call, taken.dtype)
         gradients = Gradients(grad_hidden, gradients.weight, gradients.bias)
         return call.handed_over(gradients, taken, weight, bias)

@@ -1,4 +1,5 @@
-"""Tile sizes of the loss's Triton kernels: a plain table by architecture and shape, which `override` replaces.
+"""How the loss's Triton kernels cut up their work: tiles, a plain table by architecture and shape, which `override`
+replaces; splits of the vocabulary; and the columns whose logits are kept.
 
 The tiles of the table compile without spills for their architecture (`python -m megafish_kernels.report` prints the
 figures). None has been timed: they follow from registers, shared memory and arithmetic intensity alone.
@@ -11,6 +12,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+LOGITS_BYTES = 2**30
+"""Of logits kept for the backward and of a slab of those that are not, if the caller names no budget."""
+SLAB_COLUMNS = 8192
+"""Most columns of a slab."""
+GROUP = 8
+"""Blocks of rows that programs which run together share, so that their operands stay in the cache."""
+# Programs that the forward starts at least, by splitting the vocabulary: a few for each of a GPU's 108 to 148 SMs.
+_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class LossTiles:
 _AMPERE = LossTiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4))
 _HOPPER = LossTiles(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))
 _FEW_ROWS = LossTiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 128, 32, 4, 4))
-_SINGLE = LossTiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+_SINGLE = LossTiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 
 TABLE: dict[tuple[int, str], LossTiles] = {
     (80, "half"): _AMPERE,
@@ -87,3 +97,27 @@ def override(tiles: LossTiles) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+def vocabulary_splits(tile: Tile, capacity: int, columns: int) -> tuple[int, int]:
+    """(splits of the vocabulary, tiles of columns in each but the last) of a forward over that many rows."""
+    tiles, blocks = _ceil_div(columns, tile.columns), _ceil_div(capacity, tile.rows)
+    each = _ceil_div(tiles, min(tiles, _ceil_div(_PROGRAMS, blocks)))
+    return _ceil_div(tiles, each), each
+
+
+def _ceil_div(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def kept_columns(capacity: int, columns: int, itemsize: int, logits_bytes: int | None) -> tuple[int, int]:
+    """(columns whose logits the forward keeps, columns of a slab for the others) within the budget of bytes.
+
+    All columns are kept if they fit. Otherwise a slab comes out of the budget first, at least 128 columns wide.
+    """
+    budget = LOGITS_BYTES if logits_bytes is None else logits_bytes
+    fitting = budget // max(1, capacity * itemsize)
+    if fitting >= columns:
+        return columns, 0
+    slab = max(128, min(SLAB_COLUMNS, fitting) // 128 * 128)
+    return max(0, fitting - slab) // 256 * 256, slab

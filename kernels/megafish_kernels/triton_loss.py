@@ -29,15 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from megafish_kernels.partials import LOWEST
-from megafish_kernels.tiles import LossTiles, Tile, loss_tiles
+from megafish_kernels.tiles import (
+    GROUP,
+    SLAB_COLUMNS,
+    LossTiles,
+    Tile,
+    kept_columns,
+    loss_tiles,
+    vocabulary_splits,
+)
 from megafish_kernels.torch_backend import Gradients, Options
 from megafish_kernels.triton_runtime import architecture, interpreted, launch
-
-# Logits kept for the backward if the caller names no budget, and columns of a slab of those that are not.
-_LOGITS_BYTES = 2**30
-_SLAB_COLUMNS = 8192
-# Programs that the forward starts at least, by splitting the vocabulary: a few for each of a GPU's 108 to 148 SMs.
-_PROGRAMS = 512
 
 _LOWEST = tl.constexpr(LOWEST)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -84,17 +86,21 @@ def _logits(
 @triton.jit
 def _forward(
     hidden, weight, bias, targets, count, figures, kept_logits, kept_tops,
-    capacity, V, D, tiles_each, offset, kept_columns, kept_stride, scale, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    capacity, V, D, tiles_each, splits, row_blocks, offset, kept_columns, kept_stride, scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     KEEP: tl.constexpr, FIGURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Figures of a block of rows over one split of the vocabulary (see `partials`), and the logits that are kept.
 
-    Row blocks are the faster axis of the grid: programs that run together read the same columns of the weight.
+    Programs that run together share GROUP blocks of rows, which every tile of columns reads again: these few stay in
+    the cache, where all rows of a large batch would not.
     """
-    split = tl.program_id(1)
-    block = tl.program_id(0) * BM
+    program = tl.program_id(0)
+    group = program // (GROUP * splits)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    split = (program % (GROUP * splits)) // group_rows
+    block = (group * GROUP + (program % (GROUP * splits)) % group_rows) * BM
     row = block + tl.arange(0, BM)
     out = figures + split.to(tl.int64) * (FIGURES * capacity) + row
     inside = row < capacity
@@ -129,7 +135,8 @@ def _forward(
             if KEEP:  # noqa: SIM102 (decided when the kernel is compiled)
                 if begin < kept_columns:
                     place = kept_logits + rows.to(tl.int64)[:, None] * kept_stride + column[None, :]
-                    stored = (row < n)[:, None] & (column < kept_columns)[None, :]
+                    # Up to the stride and not the last column: a mask that ends within a vector would split it.
+                    stored = (row < n)[:, None] & (column < kept_stride)[None, :]
                     tl.store(place, logits - tile_top[:, None], mask=stored)
                     tl.store(kept_tops + tl.cast(tile, tl.int64) * capacity + row, tile_top, mask=row < n)
             if STATS:
@@ -163,7 +170,8 @@ def _gradient(
     EVEN: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEPT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the rows' losses by the logits of columns [begin, begin + columns), in the slab [n, stride].
+    """The gradient of the rows' losses by the logits of columns [begin, begin + columns), in the slab [n, stride]; from
+    there on zeros, as far as the last block reaches and the stride allows.
 
     factor (probability (1 + 2 z lse) - (1 - smoothing) onehot - smoothing / vocabulary) softcap' scale, in fp32,
     rounded once. KEPT: the slab holds the logits less their tile's tops, in tiles of BN columns, and is overwritten;
@@ -180,7 +188,7 @@ def _gradient(
     row = row_block * BM + tl.arange(0, BM)
     column = begin + local
     in_slab = local < columns
-    real = (column < V) & in_slab
+    real = local < tl.minimum(columns, V - begin)
     n = tl.load(count)
     if row_block * BM >= n:
         if BIAS_GRADIENT:
@@ -188,7 +196,7 @@ def _gradient(
         return
     rows = tl.minimum(row, n - 1)
     place = slab + rows.to(tl.int64)[:, None] * stride + local[None, :]
-    stored = (row < n)[:, None] & in_slab[None, :]
+    stored = (row < n)[:, None] & (local < stride)[None, :]
     if KEPT:
         top = tl.load(tops + tl.cast(first // BN, tl.int64) * capacity + rows)
         logits = tl.load(place, mask=stored, other=0.0).to(tl.float32) + top[:, None]
@@ -221,7 +229,8 @@ def _product(
 ):  # fmt: skip
     """out [M, N] = left [M, K] @ right [K, N], or added to it, where M (COUNT_ROWS) or K ends at the count.
 
-    left has any strides; rows of right and out are contiguous.
+    Rows of right and out are contiguous. left is a slab (COUNT_ROWS: left_k is 1) or its transpose (left_m is 1), with
+    zeros behind its last column up to a multiple of 16.
     """
     program = tl.program_id(0)
     n = tl.load(count)
@@ -239,17 +248,26 @@ def _product(
     m = block_m * BM + tl.arange(0, BM)
     column = block_n * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
-    # Rows and columns past the end repeat the last one; past the inner end there may be anything, and 0 is read.
-    rows = tl.minimum(tl.arange(0, BM), end_m - 1 - block_m * BM)
-    columns = tl.minimum(tl.arange(0, BN), N - 1 - block_n * BN)
+    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
+    # Neighbours in memory are masked and not clipped, and a slab's by a multiple of 16: then loads are whole vectors.
+    # A slab's rows past the count hold anything; they are clipped, or masked where they are summed over.
+    if COUNT_ROWS:
+        rows = tl.minimum(rows, end_m - 1 - block_m * BM)
+        end_left = tl.cdiv(K, 16) * 16
+        left_inside = tl.full((BM,), 1, tl.int1)
+    else:
+        end_left = end_k
+        left_inside = m < tl.cdiv(M, 16) * 16
+    right_inside = column < N
     left += tl.cast(block_m * BM, tl.int64) * left_m
     right += block_n * BN
     left_at = rows[:, None] * left_m + inner[None, :] * left_k
     right_at = inner[:, None] * right_k + columns[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, end_k, BK):
-        a = tl.load(left + left_at, mask=(start + inner)[None, :] < end_k, other=0.0)
-        b = tl.load(right + right_at, mask=(start + inner)[:, None] < end_k, other=0.0)
+        k = start + inner
+        a = tl.load(left + left_at, mask=left_inside[:, None] & (k < end_left)[None, :], other=0.0)
+        b = tl.load(right + right_at, mask=(k < end_k)[:, None] & right_inside[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         left += BK * left_k
         right += BK * right_k
@@ -288,19 +306,6 @@ def _tiles(kept: Kept) -> LossTiles:
     return loss_tiles(architecture(hidden.device), hidden.element_size(), hidden.shape[0])
 
 
-def kept_columns(capacity: int, columns: int, itemsize: int, logits_bytes: int | None) -> tuple[int, int]:
-    """(columns whose logits the forward keeps, columns of a slab for the others) within the budget of bytes.
-
-    All columns are kept if they fit. Otherwise a slab comes out of the budget first, at least 128 columns wide.
-    """
-    budget = _LOGITS_BYTES if logits_bytes is None else logits_bytes
-    fitting = budget // max(1, capacity * itemsize)
-    if fitting >= columns:
-        return columns, 0
-    slab = max(128, min(_SLAB_COLUMNS, fitting) // 128 * 128)
-    return max(0, fitting - slab) // 256 * 256, slab
-
-
 class KeptLogits(NamedTuple):
     """Logits that the forward leaves for the backward: values + tops of their tile."""
 
@@ -324,10 +329,8 @@ def partials(
         figures[:, fields.maximum] = LOWEST
         return figures, None
     tile = _tiles(kept).forward
-    tiles = triton.cdiv(columns, tile.columns)
     blocks = triton.cdiv(capacity, tile.rows)
-    each = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, blocks)))
-    splits = triton.cdiv(tiles, each)
+    splits, each = vocabulary_splits(tile, capacity, columns)
     figures = hidden.new_empty(splits, fields.count, capacity, dtype=torch.float32)
     keep = 0
     if need_gradient:
@@ -339,7 +342,7 @@ def partials(
         logits = KeptLogits(values, tops, tile.columns)
     launch(
         _forward,
-        (blocks, splits),
+        (blocks * splits,),
         hidden,
         weight,
         bias,
@@ -352,6 +355,8 @@ def partials(
         columns,
         width,
         each,
+        splits,
+        blocks,
         offset,
         keep,
         _stride(keep),
@@ -362,6 +367,7 @@ def partials(
         STATS=int(fields.stats),
         KEEP=keep > 0,
         FIGURES=fields.count,
+        GROUP=GROUP,
         **tile.launch(),
     )
     return figures, logits
@@ -433,7 +439,7 @@ def _chunks(kept: Kept, logits: KeptLogits | None, columns: int, options: Option
     if begin < columns:
         _, wanted = kept_columns(capacity, columns, hidden.element_size(), options.logits_bytes)
         # Kept logits were used up by an earlier backward: the whole budget is a slab's now.
-        wanted = min(wanted or _SLAB_COLUMNS, columns - begin)
+        wanted = min(wanted or SLAB_COLUMNS, columns - begin)
         memory = hidden.new_empty(capacity * _stride(wanted))
         while begin < columns:
             some = min(wanted, columns - begin)
@@ -501,7 +507,7 @@ def _logits_gradient(
         float(options.label_smoothing),
         options.label_smoothing / options.vocab_size,
         **_flags(width, tile, bias, options),
-        GROUP=8,
+        GROUP=GROUP,
         KEPT=logits is not None,
         BIAS_GRADIENT=need_bias,
         **tile.launch(),
@@ -533,7 +539,7 @@ def multiply(slab: Tensor, other: Tensor, out: Tensor, kept: Kept, *, add: bool,
         *strides,
         other.stride(0),
         out.stride(0),
-        GROUP=8,
+        GROUP=GROUP,
         COUNT_ROWS=not transposed,
         ADD=add,
         PRECISION=precision(),
