@@ -204,7 +204,7 @@ def facts_rows(launches: list[tuple[str, Launch, int]]) -> list[list[str]]:
     rows = []
     for (name, _, _), entry in zip(launches, facts, strict=True):
         full = dict(zip(report.FACTS_HEADER, report.facts_row(entry), strict=True))
-        full["kernel"] = f"{name}: {entry.kernel.strip('_')} {full['constants']}"
+        full["kernel"] = f"{name}: {entry.kernel.strip('_')} {full['sizes']}"
         rows.append([full[column] for column in HEADER])
     return rows
 
@@ -245,7 +245,7 @@ def main() -> None:
     shape = cost.Shape("", args.tokens, args.vocab, args.dim)
     ours = report.record_all(list(report.WORKLOADS), args.arch)
     peers, missing = peers_launches(shape, args.arch)
-    named = [(f"megafish, {workload}", entry, arch) for workload, entry, arch in ours.launches]
+    named = [(f"megafish, {workload}", entry, arch) for workload, entry, arch in ours]
     words = f"N {shape.tokens}, V {shape.vocab}, D {shape.dim}, bf16"
     text = (
         f"Compiled by triton {version('triton')}, not run: nothing here is a time. Peers at {words}, one target in "
@@ -254,7 +254,7 @@ def main() -> None:
         "CCE's atomics are its spin locks, Liger's products are cuBLAS's and not in the table.\n\n"
     )
     text += table(facts_rows([*named, *peers]), HEADER) + "\n\n"
-    for line in [*missing, *(f"megafish, {name}: {reason}" for name, reason in ours.skipped.items())]:
+    for line in missing:
         text += f"- {line}\n"
     text += (
         f"\n## Model of a step, {words}, k = 4\n\nForward and backward; a model, not a measurement. A pass is one read "
