@@ -80,7 +80,7 @@ def _keep() -> None:
 
 def _keep_with_all(h: int) -> None:
     tokens, targets = _meta(8, 8192 + h, dtype=torch.int64), _meta(8, 8192, dtype=torch.int64)
-    tables = {
+    tables: dict[str, Any] = {
         "document_starts": _meta(8, 8192 + h, dtype=torch.bool),
         "exempt": _meta(128256, dtype=torch.bool),
         "canonical": _meta(128256, dtype=torch.int64),

@@ -87,6 +87,17 @@ def test_a_workload_starts_its_kernels(compiled: Compiled, workload: str, kernel
     assert started - kernels <= {"count_kernel", "scatter_kernel"}
 
 
+def test_the_loss_is_cut_up_as_the_cost_model_says(compiled: Compiled) -> None:
+    """1 GiB holds 57344 columns of 8192 rows beside a slab; 64 blocks of rows by 8 splits are 512 programs."""
+    rows = compiled.kernels("linear_cross_entropy", 90)
+    (forward,) = (row for row in rows if row["kernel"] == "_forward")
+    assert forward["grid"] == [64 * 8]
+    (kept,) = (row for row in rows if variant(row, KEPT=True))
+    assert kept["grid"] == [8192 // 32 * (57344 // 128)]
+    (slab,) = (row for row in rows if variant(row, KEPT=False))
+    assert slab["grid"] == [8192 // 128 * (8192 // 128)]
+
+
 def variant(row: dict[str, Any], **constants: object) -> bool:
     return all(row["constants"].get(name) == value for name, value in constants.items())
 
