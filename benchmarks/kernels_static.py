@@ -255,9 +255,10 @@ def main() -> None:
     words = f"N {shape.tokens}, V {shape.vocab}, D {shape.dim}, bf16"
     text = (
         f"Compiled by triton {version('triton')}, not run: nothing here is a time. Peers at {words}, one target in "
-        "four ignored, CCE without its gradient filter; the kernels of megafish's loss at the shapes of its report, each "
-        "specialization once. The stack is local memory a thread, where spills go; counts are instructions in the "
-        "program's text, a loop's body once. CCE's atomics are its spin locks, Liger's products are cuBLAS's and not in the table.\n\n"
+        "four ignored, CCE without its gradient filter; the kernels of megafish's loss at the shapes of its report, "
+        "each specialization once. The stack is local memory a thread, where spills go; counts are instructions in the "
+        "program's text, a loop's body once. CCE's atomics are its spin locks, Liger's products are cuBLAS's and not "
+        "in the table.\n\n"
     )
     text += table(facts_rows([*distinct.values(), *peers]), HEADER) + "\n\n"
     for line in missing:
