@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +75,8 @@ class KernelFacts:
     grid: tuple[int, ...]
     constants: dict[str, Any] = field(hash=False)
     """Compile-time arguments by name."""
+    types: dict[str, str] = field(hash=False)
+    """What each pointer points to, by its argument's name: bf16, fp32, i64 and so on."""
     warps: int
     """Of one program, with those that the compiler added for itself."""
     stages: int
@@ -161,6 +163,7 @@ def compile(launch: Launch, arch: int) -> KernelFacts:
         arch=arch,
         grid=launch.grid,
         constants={names[path[0]]: value for path, value in launch.constexprs.items() if len(path) == 1},
+        types={name: kind.lstrip("*") for name, kind in launch.signature.items() if kind.startswith("*")},
         warps=warps,
         stages=metadata.num_stages,
         registers=usage["REG"],
@@ -299,7 +302,7 @@ def _compile_queued(position: int) -> KernelFacts:
     return compile(*_queue[position])
 
 
-def _identity(launch: Launch, arch: int) -> str:
+def identity(launch: Launch, arch: int) -> str:
     """Equal for two starts that run the same compiled code."""
     kernel = f"{launch.kernel.fn.__module__}.{launch.name}"
     return repr((arch, kernel, launch.signature, launch.constexprs, launch.attrs, launch.options))
@@ -318,7 +321,7 @@ def compile_all(
     check()
     queue: dict[str, tuple[Launch, int]] = {}
     for launch, arch in launches:
-        queue.setdefault(_identity(launch, arch), (launch, arch))
+        queue.setdefault(identity(launch, arch), (launch, arch))
     jobs = min(len(queue), jobs or _cores())
     done: dict[str, KernelFacts] = {}
 
@@ -339,20 +342,20 @@ def compile_all(
             futures = {pool.submit(_compile_queued, position): key for position, key in enumerate(queue)}
             for future in as_completed(futures):
                 note(futures[future], future.result())
-    return [replace(done[_identity(launch, arch)], grid=launch.grid) for launch, arch in launches]
+    return [replace(done[identity(launch, arch)], grid=launch.grid) for launch, arch in launches]
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def violations(facts: KernelFacts, products: Collection[str] = ()) -> list[str]:
+def violations(facts: KernelFacts, product: bool = False) -> list[str]:
     """What a shipped kernel must not do, in one line each: spill, exceed the shared memory, multiply without tensor
     cores.
 
     Args:
         facts: of one kernel.
-        products: names of the kernels whose work is a matrix product.
+        product: its work is a matrix product that tensor cores can do.
     """
     where = f"{facts.kernel} sm_{facts.arch}"
     found = []
@@ -363,7 +366,6 @@ def violations(facts: KernelFacts, products: Collection[str] = ()) -> list[str]:
         found.append(f"{where}: {facts.shared} B of shared memory, the limit is {limit}")
     if facts.occupancy.blocks == 0:
         found.append(f"{where}: not one program fits on an SM, for want of {facts.occupancy.limited_by}")
-    # With its logits kept, the loss's gradient kernel has nothing to multiply.
-    if facts.kernel in products and not facts.constants.get("KEPT") and not facts.tensor_ops:
+    if product and not facts.tensor_ops:
         found.append(f"{where}: a product without a tensor-core instruction")
     return found

@@ -6,8 +6,8 @@ peak and its bytes at a fraction of the memory's bandwidth, and the phases follo
 all methods and mostly in favour of the slower ones:
 
 - A library's product reads each operand once per call and writes its result once.
-- A kernel that computes a tile of logits and drops it reads the hidden states once and the head once per group of rows
-  that its order of programs keeps in the L2 cache.
+- A Triton kernel reads its left operand (the hidden states, for logits) once, and its right one (the head) once per
+  group of rows that its order of programs keeps in the L2 cache.
 - What stays in the L2 cache costs nothing, nor do launches, locks, waiting and host synchronization.
 
 Bytes are bytes of HBM traffic. Memory is what the step adds at its peak to the hidden states and the head, with the
@@ -20,14 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from megafish_kernels.tiles import GROUP, SLAB_COLUMNS, Tile, kept_columns, loss_tiles, vocabulary_splits
+
 PRODUCT_FRACTION = 0.7
 """Of the peak FLOP/s, in all methods. quack's 745 TFLOP/s on an H200 are 0.75, full logits' 230 on an A100 0.74."""
 BANDWIDTH_FRACTION = 0.8
 """Of the data sheet's bandwidth, in all methods."""
 ROW_GROUP = 1024
-"""Rows for which a recomputing kernel reads the head once: 8 tiles of 128."""
-VOCAB_SPLITS = 8
-"""Parts of the vocabulary whose sums megafish's forward kernel writes apart, 12 bytes a token each."""
+"""Rows for which a peer's recomputing kernel reads the head once: 8 tiles of 128, as megafish's."""
 
 
 class Shape(NamedTuple):
@@ -123,49 +123,85 @@ def _next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def megafish(shape: Shape, k: int | None = None, stored: float = 0.0, vocab_chunk: int = 8192) -> Cost:
-    """megafish's Triton loss: kept rows alone; the backward pass goes over the vocabulary in chunks, so that the head's
-    gradient is written once.
+def megafish(
+    shape: Shape, k: int | None = None, logits_bytes: int | None = None, host_count: bool = False, arch: int = 90
+) -> Cost:
+    """megafish's Triton loss: kept rows alone; logits of as many columns as the budget holds are kept by the forward,
+    the backward computes the others anew in slabs, and the head's gradient is written once.
 
     Args:
         shape: the step.
         k: one in k tokens is dropped; None for none.
-        stored: share of the logits that the forward pass keeps in bfloat16 instead of computing them again.
-        vocab_chunk: columns of the logits' gradient that exist at one time.
+        logits_bytes: as in linear_cross_entropy.
+        host_count: the host knows how many tokens are kept. Then tensors have as many rows, and the two products of the
+            backward are a library's. Else they have a row for every token, of which the kernels read the kept ones.
+        arch: whose tiles are taken; all of the table have the same rows and columns.
     """
     _, tokens, vocab, dim = shape
     rows = shape.kept(k)
+    capacity = rows if host_count else tokens
+    tile = loss_tiles(arch, 2, capacity).forward
+    kept, slab = kept_columns(capacity, vocab, 2, logits_bytes)
+    again = vocab - kept
+    slabs = [min(slab, vocab - begin) for begin in range(kept, vocab, slab)] if again else []
+    chunks = [kept, *slabs] if kept else slabs
+
     unit = 2.0 * rows * vocab * dim
-    head, logits = 2 * vocab * dim, 2 * rows * vocab
-    reads = ceil_div(rows, ROW_GROUP) * head
-    chunks = ceil_div(vocab, vocab_chunk)
-    again = 1 - stored
+    head, hidden = 2 * vocab * dim, 2 * rows * dim
+    tops = 4.0 * rows * ceil_div(kept, tile.columns)
+    groups = ceil_div(rows, GROUP * tile.rows)
+    # The kernels' own product reads its right operand once for each group of rows of its left one.
+    heads_read = 1 if host_count else groups
+    hiddens_read = len(chunks) if host_count else sum(ceil_div(width, GROUP * tile.rows) for width in chunks)
     phases = [
-        Phase("logits and their log-sum-exp", unit, 2 * rows * dim + reads + stored * logits),
+        Phase("logits and their figures", unit, hidden + groups * head + 2 * rows * kept + tops),
+        Phase("gradient of the kept logits", 0, 2 * (2 * rows * kept) + tops),
         Phase(
-            "gradient of the logits",
-            again * unit,
-            again * (reads + chunks * 2 * rows * dim) + stored * logits + logits,
+            "other logits again, and their gradient",
+            unit * again / vocab,
+            len(slabs) * hidden + groups * 2 * again * dim + 2 * rows * again,
         ),
-        Phase("gradient of the hidden states", unit, logits + head + chunks * 8 * rows * dim),
-        Phase("gradient of the head", unit, logits + chunks * 2 * rows * dim + head),
-        Phase("rows back to their places", 0, 4 * rows * dim + 2 * tokens * dim),
+        Phase(
+            "gradient of the hidden states",
+            unit,
+            2 * rows * vocab + heads_read * head + (2 * len(chunks) - 1) * 4 * rows * dim,
+        ),
+        Phase("gradient of the head", unit, 2 * rows * vocab + hiddens_read * hidden + head),
     ]
-    if rows < tokens:
-        phases.insert(0, Phase("rows taken out", 0, 4 * rows * dim))
-    memory = {
-        "kept rows": 2.0 * rows * dim if rows < tokens else 0.0,
-        "sums of the splits": 12.0 * VOCAB_SPLITS * rows,
-        "per token": 16.0 * tokens,
-        "stored logits": stored * logits,
-        "chunk of the logits' gradient": 2.0 * rows * min(vocab_chunk, round(again * vocab)),
-        "fp32 gradient of the hidden states": 4.0 * rows * dim,
-        "gradient of the hidden states": 2.0 * tokens * dim,
-        "gradient of the head": float(head),
+    copied = not host_count or rows < tokens
+    if copied:
+        phases.insert(0, Phase("rows taken out", 0, hidden + 2 * capacity * dim))
+        phases.append(Phase("rows back to their places", 0, (6 + 4) * capacity * dim + 2 * tokens * dim))
+    else:
+        phases.append(Phase("gradient in bfloat16", 0, 6 * tokens * dim))
+    words = "" if logits_bytes is None else f", {ceil_div(logits_bytes, 2**20)} MiB for logits"
+    name = "megafish" + words + (", count on the host" if host_count else "")
+    memory = _megafish_memory(shape, capacity, copied, kept, min(slab, again), tile)
+    return Cost(name, tuple(phases), memory, 3 + 2 * kept / vocab)
+
+
+def _megafish_memory(shape: Shape, capacity: int, copied: bool, kept: int, slab: int, tile: Tile) -> dict[str, float]:
+    """Bytes at the larger of two moments: the products, and after them the gradients' way to their places."""
+    _, tokens, vocab, dim = shape
+    splits, _ = vocabulary_splits(tile, capacity, vocab)
+    always = {
+        "rows taken out": 2.0 * capacity * dim if copied else 0.0,
+        "figures of the splits": 12.0 * splits * capacity,
+        # Index, targets, log-sum-exp, losses, factors: 8 to 16 numbers.
+        "per token": 64.0 * tokens,
+        "fp32 gradient of the hidden states": 4.0 * capacity * dim,
+        "gradient of the head": 2.0 * vocab * dim,
     }
-    passes = 3 + 2 * stored
-    name = f"megafish, {stored:.0%} of logits stored" if stored else "megafish"
-    return Cost(name, tuple(phases), memory, passes)
+    products = {
+        "kept logits": 2.0 * capacity * kept,
+        "their tiles' tops": 4.0 * capacity * ceil_div(kept, tile.columns),
+        "slab of the logits' gradient": 2.0 * capacity * slab,
+    }
+    after = {
+        "gradient of the rows": 2.0 * capacity * dim if copied else 0.0,
+        "gradient of the hidden states": 2.0 * tokens * dim,
+    }
+    return always | max(products, after, key=lambda memory: sum(memory.values()))
 
 
 def cce(shape: Shape, k: int | None = None, fp32: bool = False) -> Cost:
@@ -333,7 +369,9 @@ Method = Callable[[Shape, int | None], Cost]
 
 OURS: dict[str, Method] = {
     "megafish": lambda shape, k: megafish(shape, k),
-    "megafish, stored": lambda shape, k: megafish(shape, k, stored=1.0),
+    "megafish, host": lambda shape, k: megafish(shape, k, host_count=True),
+    "megafish, slab": lambda shape, k: megafish(shape, k, logits_bytes=2 * shape.tokens * SLAB_COLUMNS),
+    "megafish, stored": lambda shape, k: megafish(shape, k, logits_bytes=2 * shape.tokens * shape.vocab),
 }
 COMPACTING_PEERS: dict[str, Method] = {
     "cce": lambda shape, k: cce(shape, k),

@@ -10,6 +10,8 @@ from megafish_kernels.cost import Cost, Gpu, Phase, Shape
 LLAMA_8B = Shape("Llama-3.1-8B", 8192, 128256, 4096)
 NVD = 8192 * 128256 * 4096
 MIB = 2**20
+ALL = 2 * 8192 * 128256
+"""Bytes that hold the logits of all tokens."""
 
 
 def phase(entry: Cost, name: str) -> Phase:
@@ -20,12 +22,15 @@ def phase(entry: Cost, name: str) -> Phase:
 @pytest.mark.parametrize(
     ("entry", "units"),
     [
-        # (8 - 2 c) r N V D, r = 1 - 1 / k: what is stored is not computed again.
-        (cost.megafish(LLAMA_8B, None), 8),
-        (cost.megafish(LLAMA_8B, 4), 6),
-        (cost.megafish(LLAMA_8B, 4, stored=0.5), 5.25),
-        (cost.megafish(LLAMA_8B, 4, stored=1), 4.5),
-        (cost.megafish(LLAMA_8B, 2, stored=1), 3),
+        # (8 - 2 c) r N V D, r = 1 - 1 / k: logits of c V columns are kept, the others computed again.
+        (cost.megafish(LLAMA_8B, None, 1), 8),
+        (cost.megafish(LLAMA_8B, 4, 1), 6),
+        # 1 GiB is 65536 columns of 8192 rows, of which 8192 are the slab's; of 6144 rows it is 87381 columns.
+        (cost.megafish(LLAMA_8B, None), 8 - 2 * 57344 / 128256),
+        (cost.megafish(LLAMA_8B, 4), (8 - 2 * 57344 / 128256) * 3 / 4),
+        (cost.megafish(LLAMA_8B, 4, host_count=True), (8 - 2 * 79104 / 128256) * 3 / 4),
+        (cost.megafish(LLAMA_8B, 4, ALL), 4.5),
+        (cost.megafish(LLAMA_8B, 2, ALL, host_count=True), 3),
         (cost.cce(LLAMA_8B, 4), 6),
         (cost.cce(LLAMA_8B, None, fp32=True), 8),
         (cost.liger(LLAMA_8B), 6),
@@ -35,21 +40,37 @@ def phase(entry: Cost, name: str) -> Phase:
     ],
 )
 def test_flops(entry: Cost, units: float) -> None:
-    assert entry.flops == units * NVD
+    assert entry.flops == pytest.approx(units * NVD, rel=1e-12)
 
 
 def test_memory_of_megafish_at_llama_8b() -> None:
     memory = {name: size / MIB for name, size in cost.megafish(LLAMA_8B, 4).memory.items()}
-    assert memory["kept rows"] == 48  # 6144 x 4096 x 2 B
-    assert memory["chunk of the logits' gradient"] == 96  # 6144 x 8192 x 2 B
-    assert memory["fp32 gradient of the hidden states"] == 96
-    assert memory["gradient of the hidden states"] == 64
+    # The host does not know how many rows are kept: there is one for each of 8192 tokens.
+    assert memory["rows taken out"] == 64  # 8192 x 4096 x 2 B
+    assert memory["fp32 gradient of the hidden states"] == 128
     assert memory["gradient of the head"] == 1002  # 128256 x 4096 x 2 B
-    assert memory["stored logits"] == 0
-    stored = cost.megafish(LLAMA_8B, 4, stored=1).memory
-    assert stored["stored logits"] / MIB == pytest.approx(1503, abs=0.5)  # 6144 x 128256 x 2 B
-    assert stored["chunk of the logits' gradient"] == 0
-    assert cost.megafish(LLAMA_8B, None).memory["kept rows"] == 0
+    assert memory["kept logits"] == 896  # 8192 x 57344 x 2 B
+    assert memory["slab of the logits' gradient"] == 128  # 8192 x 8192 x 2 B
+    assert memory["their tiles' tops"] == 14  # 8192 x 448 x 4 B
+    assert memory["figures of the splits"] == 0.75  # 8192 x 8 splits x 3 x 4 B
+    assert sum(memory.values()) == pytest.approx(2233.25)
+
+
+def test_memory_where_the_host_knows_the_count() -> None:
+    memory = {name: size / MIB for name, size in cost.megafish(LLAMA_8B, 4, host_count=True).memory.items()}
+    assert memory["rows taken out"] == 48  # 6144 x 4096 x 2 B
+    assert memory["fp32 gradient of the hidden states"] == 96
+    assert memory["kept logits"] == 927  # 6144 x 79104 x 2 B
+    assert memory["slab of the logits' gradient"] == 96
+    whole = cost.megafish(LLAMA_8B, None, host_count=True)
+    assert whole.memory["rows taken out"] == 0
+    assert not {"rows taken out", "rows back to their places"} & {phase.name for phase in whole.phases}
+
+
+def test_memory_where_few_logits_are_kept_is_largest_after_the_products() -> None:
+    memory = cost.megafish(LLAMA_8B, 4, 1).memory
+    assert "slab of the logits' gradient" not in memory  # 128 columns, 2 MiB
+    assert memory["gradient of the rows"] / MIB == memory["gradient of the hidden states"] / MIB == 64
 
 
 def test_memory_of_the_peers_at_llama_8b() -> None:
@@ -61,20 +82,39 @@ def test_memory_of_the_peers_at_llama_8b() -> None:
     assert more / MIB == 2004
 
 
+HEAD, HIDDEN, LOGITS = 128256 * 4096 * 2, 6144 * 4096 * 2, 6144 * 128256 * 2
+
+
 def test_traffic_of_megafish_at_llama_8b() -> None:
     entry = cost.megafish(LLAMA_8B, 4)
-    head, hidden, logits = 128256 * 4096 * 2, 6144 * 4096 * 2, 6144 * 128256 * 2
-    # The head once for every 1024 of 6144 rows: 6.3 GB.
-    assert phase(entry, "logits and their log-sum-exp").traffic == hidden + 6 * head
-    assert 6 * head == pytest.approx(6.3e9, rel=0.01)
-    # 16 chunks of 8192 columns; each reads and writes the fp32 sum: 3.2 GB.
-    added = phase(entry, "gradient of the hidden states").traffic - logits - head
-    assert added == 16 * 6144 * 4096 * 8 == pytest.approx(3.2e9, rel=0.01)
-    # The logits' gradient is written once and read twice: 4.7 GB.
-    assert entry.logit_passes * logits == pytest.approx(4.7e9, rel=0.01)
-    assert phase(entry, "gradient of the head").traffic == logits + 16 * hidden + head
-    assert phase(entry, "rows taken out").traffic == 4 * 6144 * 4096
-    assert [phase.name for phase in cost.megafish(LLAMA_8B, None).phases].count("rows taken out") == 0
+    kept, tops = 6144 * 57344 * 2, 6144 * 448 * 4
+    # The head once for every 1024 of 6144 rows.
+    assert phase(entry, "logits and their figures").traffic == HIDDEN + 6 * HEAD + kept + tops
+    assert phase(entry, "gradient of the kept logits").traffic == 2 * kept + tops
+    # 70912 other columns: eight slabs of 8192 and one of 5376.
+    again = phase(entry, "other logits again, and their gradient").traffic
+    assert again == 9 * HIDDEN + 6 * 70912 * 4096 * 2 + LOGITS - kept
+    # The kept columns and nine slabs; the first writes the fp32 sum, each other one reads and writes it.
+    added = phase(entry, "gradient of the hidden states").traffic - LOGITS - 6 * HEAD
+    assert added == (4 + 9 * 8) * 6144 * 4096
+    # Rows of the head by 1024: 56 groups of the kept columns, 8 of a whole slab, 6 of the last.
+    assert phase(entry, "gradient of the head").traffic == LOGITS + (56 + 8 * 8 + 6) * HIDDEN + HEAD
+    # 8192 rows are written, of which 6144 were read; what has no token repeats the first row.
+    assert phase(entry, "rows taken out").traffic == HIDDEN + 8192 * 4096 * 2
+
+
+def test_a_librarys_products_read_their_operands_once() -> None:
+    entry = cost.megafish(LLAMA_8B, 4, host_count=True)
+    # 79104 columns kept, 49152 in six slabs.
+    assert phase(entry, "gradient of the hidden states").traffic == LOGITS + HEAD + (4 + 6 * 8) * 6144 * 4096
+    assert phase(entry, "gradient of the head").traffic == LOGITS + 7 * HIDDEN + HEAD
+    assert phase(entry, "rows taken out").traffic == 2 * HIDDEN
+
+
+def test_a_pass_is_a_read_or_a_write_of_all_logits() -> None:
+    # Their gradient is written once and read twice; kept ones are written and read besides.
+    assert cost.megafish(LLAMA_8B, 4, 1).logit_passes == 3
+    assert cost.megafish(LLAMA_8B, 4, ALL).logit_passes == 5
 
 
 @pytest.mark.parametrize("tokens", [4096, 8192, 16384, 32768])

@@ -54,6 +54,28 @@ def test_same_bits_twice(triton_device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("vocab", [64, 70, 79, 80, 129])
+@pytest.mark.parametrize("logits_bytes", [1, 24 * 4 * 300, None])
+def test_memory_that_nobody_wrote_is_never_summed(
+    vocab: int, logits_bytes: int | None, triton_device: torch.device
+) -> None:
+    """Slabs are wider than their columns and have more rows than are kept: here all of that is NaN."""
+    hidden, _, targets = problem(triton_device)
+    weight = torch.randn(vocab, D, generator=torch.Generator().manual_seed(1)).to(triton_device).requires_grad_()
+    targets = torch.where(targets < vocab, targets, 0)
+    runs = []
+    try:
+        for fill in (False, True):
+            torch.use_deterministic_algorithms(fill)
+            loss = linear_cross_entropy(hidden, weight, targets, backend="triton", logits_bytes=logits_bytes)
+            assert isinstance(loss, Tensor)
+            runs.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_second_backward_after_the_kept_logits_are_used_up(triton_device: torch.device) -> None:
     hidden, weight, targets = problem(triton_device)
     loss = linear_cross_entropy(hidden, weight, targets, backend="triton")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -319,62 +316,6 @@ def test_ids_outside_the_tables(backend: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ without a GPU
-
-AHEAD_OF_TIME = """
-import subprocess, sys, tempfile
-from pathlib import Path
-import torch
-import megafish_kernels
-assert "triton" not in sys.modules, "importing the package imports triton"
-from megafish_kernels import compact_rows, goldfish_drop, goldfish_keep
-from megafish_kernels.triton_runtime import record
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-def like(*shape, dtype=torch.int64):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-arch = int(sys.argv[1])
-cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-with record(arch) as launches:
-    for h in (13, 50):
-        # Meta tensors have no values: anything that asked the device for one would raise.
-        keep, rows = goldfish_keep(
-            like(8, 4097 + h), like(8, 4096), k=like(8, 4097 + h), h=h, halo=h, exempt=like(128256, dtype=torch.bool),
-            document_starts=like(8, 4097 + h, dtype=torch.bool), canonical=like(128256),
-        )
-        assert keep.shape == (8, 4096) and rows.index.shape == (32768,) and rows.count.shape == ()
-    goldfish_drop(like(8, 4096), k=4)
-    compact_rows(like(8, 4096, dtype=torch.bool))
-names = [launch.name for launch in launches]
-step = ["goldfish_kernel", "scatter_kernel"]
-assert names == [*step, *step, "goldfish_kernel", "count_kernel", "scatter_kernel"], names
-seen = set()
-for launch in launches:
-    if (key := (launch.name, str(launch.signature), str(launch.constexprs))) in seen:
-        continue
-    seen.add(key)
-    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    print(launch.name, usage.split("Function")[-1].strip())
-    assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage
-    registers = int(usage.split("REG:")[1].split()[0])
-    assert registers <= 64, (launch.name, registers)
-"""
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiled_ahead_of_time_nothing_spills(arch: int) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD_OF_TIME, str(arch)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_torch_path_never_asks_the_device() -> None:
