@@ -193,6 +193,8 @@ def prepare(
     )
     for split, entry in read_json(manifest_file)["splits"].items():
         print(f"{output}/{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
+        if split == "valid" and entry["documents"] == 0:
+            print("no document fell into the validation split: --valid-fraction 0.05 or more documents would fill it")
     print(f"next: megafish train tiny data.train={output}")
 
 

@@ -209,7 +209,7 @@ def _compare(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> None
     for key, value in plan["settings"].items():
         old = before["settings"].get(key)
         if old != value:
-            raise InputError(f"{unfinished} with another {key} ({old!r}, now {value!r}); {way_out}")
+            raise InputError(f"{unfinished} with other settings ({key} was {old!r}, is {value!r}); {way_out}")
     if before["inputs"] != plan["inputs"]:
         old_files = {tuple(entry) for entry in before["inputs"]}
         changed = [entry[0] for entry in plan["inputs"] if tuple(entry) not in old_files]

@@ -78,6 +78,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
+            if data.valid is None:
+                tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
         stop = stack.enter_context(StopRequest())
         # The peaks in the table are those of bf16.
         peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None

@@ -346,9 +346,9 @@ def test_a_continued_run_must_be_the_same(
     interrupted(run, output, monkeypatch)
     before = contents(output)
     way_out = "start over with --overwrite or choose another folder"
-    with pytest.raises(InputError, match=f"unfinished run with another split_seed .0, now 3.; {way_out}"):
+    with pytest.raises(InputError, match=f"other settings .split_seed was 0, is 3.; {way_out}"):
         run(output, split_seed=3)
-    with pytest.raises(InputError, match=f"another canaries .*{way_out}"):
+    with pytest.raises(InputError, match=f"other settings .canaries was .*{way_out}"):
         run(output, canaries=CANARIES)
     with pytest.raises(InputError, match=f"another tokenizer or end-of-document token; {way_out}"):
         prepare([source], output, byte_level_file, workers=1, progress=False)
