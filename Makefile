@@ -12,7 +12,7 @@ ARGS ?=
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types bench gpu clean
+.PHONY: help quickstart test lint format types bench faults gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,8 +35,11 @@ types: $(VENV)/.installed-dev ## Check type hints
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev ## Run every benchmark that needs no GPU (ARGS="--save" keeps the tables)
-	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py -e /kernels_gpu.py); do \
+	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py -e /kernels_gpu.py -e /faults.py); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+faults: $(VENV)/.installed-dev ## Kill, damage, fill and hang real runs for an hour and see that nothing is lost (ARGS="--kills 10")
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 gpu: $(VENV)/.installed-dev ## Test the kernels on this machine's GPU and time them beside their peers (ARGS="--repeats 50")
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
