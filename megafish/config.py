@@ -321,6 +321,10 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO: 0 replicates everything, 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes that share each layer: every matrix is cut into as many parts (Megatron). Best within a node."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Processes that share each sequence, for long ones: all-to-all around attention (DeepSpeed-Ulysses)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys of DeepSpeed's own configuration, merged over the ones made here."""
 
@@ -333,6 +337,20 @@ class EngineConfig(Section):
             raise ValueError(f"may not hold {', '.join(twice)}")
         return keys
 
+    @model_validator(mode="after")
+    def _groups_fit_the_mesh(self) -> EngineConfig:
+        zero = self.deepspeed.get("zero_optimization")
+        wrong = [key for key in _GROUPS_OF_NEIGHBOURS if isinstance(zero, dict) and zero.get(key)]
+        if wrong and self.tensor_parallel > 1:
+            raise ValueError(
+                f"zero_optimization.{wrong[0]} with tensor_parallel={self.tensor_parallel}: DeepSpeed would take "
+                "neighbouring processes for holders of the same weights; leave out one of the two"
+            )
+        return self
+
+
+# DeepSpeed's keys that form groups of neighbouring ranks, whatever the mesh.
+_GROUPS_OF_NEIGHBOURS = ("zero_hpz_partition_size", "zero_quantized_gradients", "mics_shard_size")
 
 # DeepSpeed's keys that repeat a setting of ours: two places for one number would let them disagree.
 _DEEPSPEED_KEYS = {
@@ -348,6 +366,8 @@ _DEEPSPEED_KEYS = {
     "data_types": "train.precision; gradients are accumulated in fp32",
     "communication_data_type": "train.precision; gradients are sent in fp32",
     "zero_optimization.stage": "engine.zero_stage",
+    "tensor_parallel": "engine.tensor_parallel",
+    "sequence_parallel_size": "engine.sequence_parallel",
 }
 
 
@@ -450,6 +470,29 @@ class Config(Section):
             raise ValueError(
                 "train.precision=bf16 with engine.zero_stage=0: DeepSpeed would add up gradients in bf16 there; set "
                 "engine.zero_stage=1 (on one process it costs nothing) or train.precision=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _divides_among_the_mesh(self) -> Config:
+        tensor, sequence = self.engine.tensor_parallel, self.engine.sequence_parallel
+        of_tensor = f"engine.tensor_parallel={tensor}"
+        of_both = f"{of_tensor} x engine.sequence_parallel={sequence} = {tensor * sequence}"
+        kv_heads = self.model.resolved_kv_heads
+        for name, size, degree, said in (
+            ("model.num_heads", self.model.num_heads, tensor * sequence, of_both),
+            ("model.num_kv_heads", kv_heads, tensor, of_tensor),
+            ("model.intermediate_size", self.model.intermediate_size, tensor, of_tensor),
+            ("data.sequence_length", self.data.sequence_length, tensor * sequence, of_both),
+        ):
+            if size % degree:
+                raise ValueError(f"{name}={size} is not a multiple of {said}")
+        own = kv_heads // tensor
+        if own % sequence and sequence % own:
+            raise ValueError(
+                f"{own} key/value heads (model.num_kv_heads={kv_heads} / {of_tensor}) can neither be shared out among "
+                f"engine.sequence_parallel={sequence} processes nor repeated for them: one must be a multiple of "
+                "the other"
             )
         return self
 

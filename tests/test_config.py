@@ -266,6 +266,11 @@ def test_schema_knows_every_key_and_nothing_is_required() -> None:
         ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed: may not hold bf16", "set train.precision instead"]),
         ("engine.deepspeed.zero_optimization.stage=3", ["zero_optimization.stage", "set engine.zero_stage instead"]),
         ("engine.deepspeed=3", ["engine.deepspeed=3:", "a section"]),
+        ("engine.sequence_parallel=0", ["engine.sequence_parallel=0:", "at least 1"]),
+        ("engine.tensor_parallel=2", ["model.num_heads=3 is not a multiple of engine.tensor_parallel=2", "= 2"]),
+        ("engine.tensor_parallel=3.5", ["engine.tensor_parallel=3.5:", "a whole number, at least 1"]),
+        ("engine={tensor_parallel: 3, deepspeed: {zero_optimization: {mics_shard_size: 2}}}", ["mics_shard_size with"]),
+        ("engine.deepspeed.sequence_parallel_size=2", ["set engine.sequence_parallel instead"]),
         ("model=3", ["model=3:", "a section"]),
         ("model.num_heads=7", ["model:", "hidden_size=192 is not a multiple of num_heads=7"]),
         ("model.head_dim=33", ["model:", "head_dim=33 is odd"]),
@@ -313,6 +318,31 @@ def test_wrong_file_is_refused_in_words(text: str, phrases: list[str], tmp_path:
     message = refusal(write(tmp_path, text))
     for phrase in [str(tmp_path / "run.yaml"), *phrases]:
         assert phrase in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        (
+            {"model.num_kv_heads": 1, "engine.tensor_parallel": 3},
+            "model.num_kv_heads=1 is not a multiple of engine.tensor_parallel=3",
+        ),
+        (
+            {"model.intermediate_size": 512, "engine.tensor_parallel": 3},
+            "model.intermediate_size=512 is not a multiple of engine.tensor_parallel=3",
+        ),
+        (
+            {"data.sequence_length": 256, "engine.sequence_parallel": 3},
+            "data.sequence_length=256 is not a multiple of engine.tensor_parallel=1 x engine.sequence_parallel=3 = 3",
+        ),
+        (
+            {"model.num_heads": 12, "model.num_kv_heads": 4, "engine.sequence_parallel": 6, "data.sequence_length": 96},
+            "4 key/value heads (model.num_kv_heads=4 / engine.tensor_parallel=1) can neither be shared out",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(settings: dict[str, int], phrase: str) -> None:
+    assert phrase in refusal("tiny", *(f"{key}={value}" for key, value in settings.items()))
 
 
 def test_all_faults_are_reported_at_once() -> None:

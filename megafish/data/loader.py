@@ -98,7 +98,8 @@ class Loader:
             near = " or ".join(str(size) for size in (below, below + share) if size > 0)
             raise InputError(
                 f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
-                f"{micro_batch_size} x {world_size} processes = {share}: use {near}, or another micro-batch size"
+                f"{micro_batch_size} x {world_size} data-parallel processes = {share}: use {near}, or another "
+                "micro-batch size"
             )
         self.stream = stream
         self.mask = mask

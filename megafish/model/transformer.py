@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,18 @@ from megafish.data.loader import IGNORE
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
+from megafish.model.mesh import Axis, Mesh
+from megafish.model.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    first_id,
+    heads_to_tokens,
+    sum_replicated_gradients,
+    tokens_to_heads,
+)
 from megafish.model.rope import RotaryTable
+from megafish.model.shard import mark
 from megafish_kernels import linear_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
 from megafish_kernels.torch_backend import padded_rows
 
@@ -32,38 +44,46 @@ class LossOutput(NamedTuple):
 
 
 class Initializer:
-    """Weights as a function of (seed, parameter name) alone: the same for any world size, ZeRO stage and device."""
+    """Weights as a function of (seed, parameter name) alone: the same for any mesh, ZeRO stage and device.
 
-    def __init__(self, seed: int) -> None:
+    With tensor parallelism a parameter is made whole and cut along dimension `cut`, each of its fused `parts` apart;
+    without `cut` every process holds it whole.
+    """
+
+    def __init__(self, seed: int, tensor: Axis) -> None:
         self.seed = seed
+        self.tensor = tensor
 
-    def normal(self, name: str, shape: tuple[int, ...], std: float, real_rows: int | None = None) -> nn.Parameter:
+    def normal(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        std: float,
+        *,
+        cut: int | None = None,
+        parts: Sequence[int] | None = None,
+        real_rows: int | None = None,
+    ) -> nn.Parameter:
         """Parameter with independent normal entries of this std, fp32; rows from real_rows on are zero."""
         if torch.get_default_device().type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+            return self._own(torch.empty(shape, dtype=torch.float32), cut, parts)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         values = generator.standard_normal(shape, dtype=np.float32)
         values *= std
         if real_rows is not None:
             values[real_rows:] = 0.0
-        return nn.Parameter(torch.from_numpy(values).to(torch.get_default_device()))
+        return self._own(torch.from_numpy(values).to(torch.get_default_device()), cut, parts)
 
-    def constant(self, shape: tuple[int, ...], value: float) -> nn.Parameter:
+    def constant(
+        self, shape: tuple[int, ...], value: float, *, cut: int | None = None, parts: Sequence[int] | None = None
+    ) -> nn.Parameter:
         """Parameter filled with one value, fp32."""
-        return nn.Parameter(torch.full(shape, value, dtype=torch.float32))
+        return self._own(torch.full(shape, value, dtype=torch.float32), cut, parts)
 
-
-class Linear(nn.Module):
-    """y = x W^T + b with weight [out, in]."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def _own(self, full: torch.Tensor, cut: int | None, parts: Sequence[int] | None) -> nn.Parameter:
+        shard = None if cut is None else self.tensor.cut(full.shape, cut, parts)
+        return nn.Parameter(full) if shard is None else mark(nn.Parameter(shard.take(full)), shard)
 
 
 class RMSNorm(nn.Module):
@@ -136,6 +156,7 @@ class KVCache:
 class Step(NamedTuple):
     """What every block of one forward pass shares."""
 
+    shape: tuple[int, int]
     cos: torch.Tensor
     sin: torch.Tensor
     where: Layout | None
@@ -144,20 +165,31 @@ class Step(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with one projection for queries, keys and values."""
+    """Grouped-query self-attention with one projection for queries, keys and values.
 
-    def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
+    A process of the tensor axis has whole heads: an equal share of the query heads, and of the key and value heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, init: Initializer, sequence: Axis) -> None:
         super().__init__()
         self.layer = layer
         self.window = config.sliding_window
         self.head_dim = config.resolved_head_dim
-        self.heads, self.kv_heads = config.num_heads, config.resolved_kv_heads
+        self.sequence = sequence
+        degree = init.tensor.size
+        self.heads, self.kv_heads = config.num_heads // degree, config.resolved_kv_heads // degree
         name, width = f"blocks.{layer}.attention", config.hidden_size
-        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        bias = init.constant((rows,), 0.0) if config.qkv_bias else None
-        self.qkv = Linear(init.normal(f"{name}.qkv.weight", (rows, width), config.init_std), bias)
-        inner = self.heads * self.head_dim
-        self.out = Linear(init.normal(f"{name}.out.weight", (width, inner), _residual_std(config)))
+        inner, kv_inner = config.num_heads * self.head_dim, config.resolved_kv_heads * self.head_dim
+        parts = (inner, kv_inner, kv_inner)
+        rows = sum(parts)
+        self.qkv = ColumnParallelLinear(
+            init.normal(f"{name}.qkv.weight", (rows, width), config.init_std, cut=0, parts=parts),
+            init.constant((rows,), 0.0, cut=0, parts=parts) if config.qkv_bias else None,
+            init.tensor,
+        )
+        self.out = RowParallelLinear(
+            init.normal(f"{name}.out.weight", (width, inner), _residual_std(config), cut=1), None, init.tensor
+        )
         if config.qk_norm:
             self.q_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
             self.k_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
@@ -165,8 +197,9 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """x [b, S, D] -> [b, S, D], or [n, D] for the given flat rows only."""
-        heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        """x [b, S, D] -> [b, S, D], or [n, D] for the given flat rows only. With tensor parallelism [b S / T, D] ->
+        [b S / T, D]."""
+        heads = self.qkv(x).view(*step.shape, self.heads + 2 * self.kv_heads, self.head_dim)
         # Neither the projection nor a norm needs its output again.
         if self.q_norm is None or self.k_norm is None:
             query, key, value = rotary_qkv(heads, step.cos, step.sin, self.heads, self.kv_heads, overwrite=True)
@@ -179,7 +212,8 @@ class Attention(nn.Module):
             mixed = attend_cached(query, key, value, step.positions, self.window)
         else:
             assert step.where is not None
-            mixed = attend(query, key, value, step.where)
+            mixed = attend(*tokens_to_heads(query, key, value, self.sequence), step.where)
+            mixed = heads_to_tokens(mixed, self.sequence)
         mixed = mixed.flatten(-2)
         if rows is not None:
             mixed = mixed.flatten(0, 1).index_select(0, rows)
@@ -192,9 +226,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
         super().__init__()
         name, width, inner = f"blocks.{layer}.feed_forward", config.hidden_size, config.intermediate_size
-        biases = (init.constant((2 * inner,), 0.0), init.constant((width,), 0.0)) if config.mlp_bias else (None, None)
-        self.gate_up = Linear(init.normal(f"{name}.gate_up.weight", (2 * inner, width), config.init_std), biases[0])
-        self.down = Linear(init.normal(f"{name}.down.weight", (width, inner), _residual_std(config)), biases[1])
+        rows, parts = 2 * inner, (inner, inner)
+        self.gate_up = ColumnParallelLinear(
+            init.normal(f"{name}.gate_up.weight", (rows, width), config.init_std, cut=0, parts=parts),
+            init.constant((rows,), 0.0, cut=0, parts=parts) if config.mlp_bias else None,
+            init.tensor,
+        )
+        self.down = RowParallelLinear(
+            init.normal(f"{name}.down.weight", (width, inner), _residual_std(config), cut=1),
+            init.constant((width,), 0.0) if config.mlp_bias else None,
+            init.tensor,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(swiglu(self.gate_up(x), overwrite=True))
@@ -203,16 +245,17 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, layer: int, init: Initializer) -> None:
+    def __init__(self, config: ModelConfig, layer: int, init: Initializer, sequence: Axis) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
-        self.attention = Attention(config, layer, init)
+        self.attention = Attention(config, layer, init, sequence)
         self.feed_forward_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
         self.feed_forward = FeedForward(config, layer, init)
 
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """x [b, S, D] -> [b, S, D]. With `rows` (int64 indices into the flattened batch), only those rows come out,
-        as [n, D]: what follows the attention is not computed for the others."""
+        """x [b, S, D] -> [b, S, D], with tensor parallelism [b S / T, D] -> [b S / T, D]. With `rows` (int64 indices
+        into the flattened batch; not with tensor parallelism), only those rows come out, as [n, D]: what follows the
+        attention is not computed for the others."""
         mixed = self.attention(self.attention_norm(x), step, rows)
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
@@ -220,24 +263,16 @@ class Block(nn.Module):
         return x + self.feed_forward(normed)
 
 
-class Embedding(nn.Module):
-    """Token ids to vectors: weight [padded vocabulary, D]."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens, self.weight)
-
-
 class LossHead(nn.Module):
     """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its
     forward."""
 
-    def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig) -> None:
+    def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig, tensor: Axis) -> None:
         super().__init__()
         self.weight = weight
+        self.parallel: dict[str, Any] = {}
+        if tensor.size > 1:
+            self.parallel = {"group": tensor.group, "vocab_start": first_id(weight), "sequence_sharded": True}
         self.vocab_size = vocab_size
         self.loss = loss
         self.logits_bytes = None if loss.logits_mib is None else loss.logits_mib * 2**20
@@ -249,10 +284,14 @@ class LossHead(nn.Module):
         denominator: float | torch.Tensor | None = None,
         per_token: bool = False,
     ) -> torch.Tensor | LossOutput:
-        """hidden [..., D]. Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so
-        bf16 hidden states give logits of bf16 precision). With targets [...]: LossOutput, or with per_token the plain
-        cross-entropy fp32 [...] in nats, 0 at ignored positions."""
+        """hidden [..., D]; with tensor parallelism this process's [n / T, D], and no logits.
+
+        Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
+        give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
+        cross-entropy fp32 [...] in nats, 0 at ignored positions.
+        """
         if targets is None:
+            assert not self.parallel
             return F.linear(hidden, self.weight).float()
         if per_token:
             per_token_loss = linear_cross_entropy(
@@ -262,6 +301,7 @@ class LossHead(nn.Module):
                 reduction="none",
                 vocab_size=self.vocab_size,
                 logits_bytes=self.logits_bytes,
+                **self.parallel,
             )
             assert isinstance(per_token_loss, torch.Tensor)
             return per_token_loss
@@ -275,6 +315,7 @@ class LossHead(nn.Module):
             vocab_size=self.vocab_size,
             logits_bytes=self.logits_bytes,
             return_stats="loss",
+            **self.parallel,
         )
         if denominator is None:
             denominator = (targets != IGNORE).sum().clamp(min=1)
@@ -286,7 +327,12 @@ class Transformer(nn.Module):
 
     vocab_size: real vocabulary (the tokenizer's); the embedding has config.vocab_size rows, or vocab_size rounded up
     to a multiple of 64. Padding rows are zero and take no part in the loss. The weights depend on (seed, parameter
-    name) only. Raises InputError if config.vocab_size is smaller than vocab_size.
+    name) only.
+
+    mesh: the processes that the model is spread over; each holds its shards of the parameters (`megafish.model.shard`)
+    and takes its part of the sequences. All of them must make the same calls.
+
+    Raises InputError if config.vocab_size is smaller than vocab_size, or does not divide among the mesh.
     """
 
     def __init__(
@@ -297,9 +343,11 @@ class Transformer(nn.Module):
         loss: LossConfig | None = None,
         seed: int = 0,
         activation_checkpointing: bool = False,
+        mesh: Mesh = Mesh(),  # noqa: B008 - immutable
     ) -> None:
         super().__init__()
         self.config = config
+        self.mesh = mesh
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size(config, vocab_size)
         if self.padded_vocab_size < vocab_size:
@@ -307,18 +355,26 @@ class Transformer(nn.Module):
                 f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}: "
                 "raise it or set it to null"
             )
+        if self.padded_vocab_size % mesh.tensor.size:
+            raise InputError(
+                f"the embedding's {self.padded_vocab_size} rows are not a multiple of engine.tensor_parallel="
+                f"{mesh.tensor.size}: set model.vocab_size to one that is at least {vocab_size}"
+            )
         self.activation_checkpointing = activation_checkpointing
-        init = Initializer(seed)
+        init = Initializer(seed, mesh.tensor)
         shape = (self.padded_vocab_size, config.hidden_size)
-        self.embedding = Embedding(init.normal("embedding.weight", shape, config.init_std, vocab_size))
-        self.blocks = nn.ModuleList(Block(config, layer, init) for layer in range(config.num_layers))
+        self.embedding = VocabParallelEmbedding(
+            init.normal("embedding.weight", shape, config.init_std, cut=0, real_rows=vocab_size), mesh.tensor
+        )
+        self.blocks = nn.ModuleList(Block(config, layer, init, mesh.sequence) for layer in range(config.num_layers))
         self.norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
         head_weight = (
             self.embedding.weight
             if config.tie_embeddings
-            else init.normal("head.weight", shape, config.init_std, vocab_size)
+            else init.normal("head.weight", shape, config.init_std, cut=0, real_rows=vocab_size)
         )
-        self.head = LossHead(head_weight, vocab_size, loss if loss is not None else LossConfig())
+        self.head = LossHead(head_weight, vocab_size, loss if loss is not None else LossConfig(), mesh.tensor)
+        sum_replicated_gradients(self.parameters(), mesh.tensor)
         self._rotary = RotaryTable(config)
 
     def tie(self) -> None:
@@ -348,6 +404,10 @@ class Transformer(nn.Module):
         longest of them.
         denominator: what the summed loss is divided by (default: the number of kept tokens).
 
+        With sequence parallelism tokens, targets and drop are this process's part of each row, S / P consecutive tokens
+        in the order of ranks; cu_seqlens and max_seqlen are of the whole rows. Losses and denominator's default are of
+        this part. With tensor parallelism b S must be a multiple of its degree. A model on such a mesh gives no logits.
+
         Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without
         targets the logits fp32 [b, S, padded vocabulary] (products in the weights' dtype, cast up), [b, 1, ...] with
         last_only. With a cache the tokens follow what it holds. Raises ValueError for arguments that would have no
@@ -359,6 +419,12 @@ class Transformer(nn.Module):
             raise ValueError("last_only asks for logits: leave targets out")
         if per_token and denominator is not None:
             raise ValueError("per_token losses are not summed: leave denominator out")
+        tensor = self.mesh.tensor
+        spread = tensor.size > 1 or self.mesh.sequence.size > 1
+        if spread and targets is None:
+            raise ValueError("logits come from a whole model: load the weights into one without a mesh")
+        if tokens.numel() % tensor.size:
+            raise ValueError(f"{tokens.numel()} tokens do not divide among {tensor.size} tensor-parallel processes")
         step = self._step(tokens, cu_seqlens, max_seqlen, cache)
         rows: torch.Tensor | None = None
         if targets is not None and not per_token:
@@ -366,8 +432,9 @@ class Transformer(nn.Module):
                 targets = targets.masked_fill(drop, IGNORE)
             # With the kept rows known, what comes after the last attention is computed for them alone. On a CPU only:
             # on CUDA nonzero() waits for the device, here before any block is launched. linear_cross_entropy waits as
-            # well, but behind the blocks, so that their launches are hidden.
-            if tokens.device.type == "cpu":
+            # well, but behind the blocks, so that their launches are hidden. Nor with tensor parallelism, where the
+            # kept rows would have to be shared out anew.
+            if tokens.device.type == "cpu" and tensor.size == 1:
                 rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
                 rows = _round_up(rows, targets.numel(), self.norm.weight.dtype)
                 targets = targets.flatten().index_select(0, rows)
@@ -384,7 +451,11 @@ class Transformer(nn.Module):
             ends = cache.advance(tokens.shape[1])
         if last_only:
             x = x[torch.arange(len(x), device=x.device), ends][:, None] if cache is not None else x[:, -1:]
-        return self.head(self.norm(x), targets, denominator, per_token)
+        if tensor.size == 1:
+            return self.head(self.norm(x), targets, denominator, per_token)
+        assert targets is not None
+        out = self.head(self.norm(x), targets.flatten(), denominator, per_token)
+        return out.view_as(targets) if per_token else out
 
     def _step(
         self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None, cache: KVCache | None
@@ -396,13 +467,15 @@ class Transformer(nn.Module):
                 raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")
             positions = cache.positions(length)
             cos, sin = self._rotary.get(cache.keys.shape[2], device)
-            return Step(cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
+            return Step((batch, length), cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
         # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key
         # of another document, so counting anew in every document would give the same.
-        cos, sin = self._rotary.get(length, device)
+        sequence = self.mesh.sequence
+        whole, start = length * sequence.size, length * sequence.rank
+        cos, sin = (table[start : start + length, None] for table in self._rotary.get(whole, device))
         where = layout(
             batch,
-            length,
+            whole,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             window=self.config.sliding_window,
@@ -410,7 +483,7 @@ class Transformer(nn.Module):
             device=device,
             dtype=self.norm.weight.dtype,
         )
-        return Step(cos[:, None], sin[:, None], where)
+        return Step((batch, length), cos, sin, where)
 
 
 def _round_up(rows: torch.Tensor, total: int, dtype: torch.dtype) -> torch.Tensor:

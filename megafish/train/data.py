@@ -64,25 +64,33 @@ class TrainingData:
     def count(self, batch: StepBatch, stop: bool) -> tuple[int, int, int, bool]:
         """(kept tokens, dropped tokens, UTF-8 bytes of the kept tokens, whether any process was asked to stop).
 
-        Sums over all processes, in the one collective that a step needs before its first backward pass: the number of
-        kept tokens follows from the token ids, so the global mean's denominator is known ahead.
+        Sums over all sequences of the step, in the one collective that a step needs before its first backward pass: the
+        number of kept tokens follows from the token ids, so the global mean's denominator is known ahead.
         """
         target_bytes = sum(
             int(self.token_bytes[micro.targets[(micro.targets != IGNORE) & ~micro.drop]].sum())
             for micro in batch.micro_batches
         )
         numbers = torch.tensor([batch.kept, batch.dropped, target_bytes, int(stop)], device=self.processes.device)
+        if not self.processes.mesh.speaks_for_its_sequences:
+            numbers[:3] = 0
         dist.all_reduce(numbers)
         kept, dropped, target_bytes, stops = numbers.tolist()
         return kept, dropped, target_bytes, stops > 0
+
+    def own_part(self, x: torch.Tensor) -> torch.Tensor:
+        """What this process has of each row under sequence parallelism: [b, S] -> [b, S / P]."""
+        sequence = self.processes.mesh.sequence
+        length = x.shape[1] // sequence.size
+        return x.narrow(1, sequence.rank * length, length)
 
     def to_model(self, batch: Batch) -> dict[str, Any]:
         """A micro-batch as keyword arguments of the model's forward, on this process's device."""
         device = self.processes.device
         return {
-            "tokens": batch.tokens.to(device, non_blocking=True),
-            "targets": batch.targets.to(device, non_blocking=True),
-            "drop": batch.drop.to(device, non_blocking=True),
+            "tokens": self.own_part(batch.tokens).to(device, non_blocking=True),
+            "targets": self.own_part(batch.targets).to(device, non_blocking=True),
+            "drop": self.own_part(batch.drop).to(device, non_blocking=True),
             "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
             "max_seqlen": batch.max_seqlen,
         }
@@ -97,7 +105,7 @@ def open_data(config: Config, processes: Processes) -> TrainingData:
     mask = GoldfishMask(config.goldfish, tokenizer)
     length, batch = config.data.sequence_length, config.train.micro_batch_size
     stream = SampleStream(train, length, config.data.seed, mask.halo)
-    ranks = (processes.rank, processes.world_size)
+    ranks = (processes.mesh.data.rank, processes.mesh.data.size)
     seen = valid_loader = None
     masked = config.goldfish.k is not None or any(
         source.k not in ("default", None) or source.corpus.has_document_k for source in train

@@ -25,6 +25,8 @@ from torch import nn
 
 from megafish.config import Config
 from megafish.errors import InputError
+from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
+from megafish.model.parallel import gradient_norm, whole_parameter
 from megafish.model.transformer import Transformer
 from megafish.train.host import keep_freed_memory
 from megafish.train.optim import build_optimizer
@@ -44,6 +46,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+    mesh: Mesh
 
     @property
     def is_main(self) -> bool:
@@ -51,10 +54,11 @@ class Processes:
         return self.rank == 0
 
 
-def start_processes(device: str) -> Processes:
+def start_processes(device: str, tensor_parallel: int = 1, sequence_parallel: int = 1) -> Processes:
     """Join the process group: torchrun, the deepspeed launcher, srun, or a run of one process.
 
-    `device` is auto, cpu or cuda. Calling it again in the same process returns the group that is there.
+    `device` is auto, cpu or cuda; the degrees are those of the mesh. Calling it again in the same process
+    returns the group that is there. InputError where the degrees do not divide the number of processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +69,7 @@ def start_processes(device: str) -> Processes:
     _fill_environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
+    check_degrees(world_size, tensor_parallel, sequence_parallel)
     # DeepSpeed probes for an accelerator when it is imported; the choice made here must be the one it makes.
     os.environ["DS_ACCELERATOR"] = device
     place = torch.device("cpu")
@@ -73,18 +78,19 @@ def start_processes(device: str) -> Processes:
     else:
         place = torch.device("cuda", _gpu_of(local_rank))
         torch.cuda.set_device(place)
+    timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", 30)))
     if not dist.is_initialized():
         deepspeed = _deepspeed()
-        minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30))
         deepspeed.init_distributed(
             dist_backend="nccl" if device == "cuda" else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(minutes=minutes),
+            timeout=timeout,
         )
         # Left when the process ends, however it ends: DeepSpeed keeps groups of its own and cannot join a second time.
         atexit.register(_stop_processes)
-    return Processes(rank, local_rank, world_size, place)
+    mesh = make_mesh(rank, world_size, tensor_parallel, sequence_parallel, timeout)
+    return Processes(rank, local_rank, world_size, place, mesh)
 
 
 def _gpu_of(local_rank: int) -> int:
@@ -165,11 +171,16 @@ class Engine:
             model = model.bfloat16()
         model = model.to(processes.device)
         deepspeed = _deepspeed()
+        mesh = processes.mesh
+        mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None
+        # DeepSpeed would go on with the one of an engine made before in this process.
+        deepspeed.utils.groups.mpu = mpu
         with redirect_stdout(io.StringIO()):  # it prints its memory use
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, config.optimizer),
-                config=deepspeed_config(config, processes.world_size),
+                config=deepspeed_config(config, mesh.replicas.size),
+                mpu=mpu,
                 dist_init_required=False,
             )
         # Without ZeRO and in fp32 DeepSpeed clips but does not report the norm; it is done here instead, once.
@@ -191,11 +202,11 @@ class Engine:
         """Gradients of one micro-batch.
 
         `loss` is this process's share of the global mean: sum over its kept tokens / kept tokens of the global batch.
-        DeepSpeed divides summed gradients by the number of processes, which is undone here, and must not divide by the
-        number of micro-batches.
+        DeepSpeed divides summed gradients by the number of processes that it sums over, which is undone here, and must
+        not divide by the number of micro-batches.
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss * self.processes.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.processes.mesh.replicas.size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping."""
@@ -203,9 +214,11 @@ class Engine:
             group["lr"] = learning_rate
         if self._clips_here:
             limit = self.grad_clip if self.grad_clip is not None else float("inf")
-            norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
+            parameters = list(self.engine.module.parameters())
+            norm = gradient_norm(parameters, self.processes.mesh.tensor)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             self.engine.step()
-            return norm
+            return float(norm)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -225,26 +238,34 @@ class Engine:
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights by name on the main process, in the training precision; None elsewhere. Collective."""
         weights: dict[str, torch.Tensor] = {}
-        deepspeed = _deepspeed()
+        deepspeed, tensor = _deepspeed(), self.processes.mesh.tensor
         for name, parameter in self.engine.module.named_parameters():
             if hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter]):
+                    weight = whole_parameter(parameter, tensor)
                     if self.processes.is_main:
-                        weights[name] = parameter.detach().cpu().clone()
-            elif self.processes.is_main:
-                weights[name] = parameter.detach().cpu()
+                        weights[name] = weight.cpu().clone()
+            else:
+                weight = whole_parameter(parameter, tensor)
+                if self.processes.is_main:
+                    weights[name] = weight.cpu()
         return weights if self.processes.is_main else None
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for a run: our own settings, with `engine.deepspeed` merged on top."""
+    """DeepSpeed's JSON for a run: our own settings, with `engine.deepspeed` merged on top.
+
+    world_size: processes with the same weights, data and sequence parallelism together. DeepSpeed takes each for a
+    data-parallel one, and so a part of a sequence for a sample.
+    """
     train = config.train
     bf16 = train.precision == "bf16"
     stage = config.engine.zero_stage
+    parts = config.engine.sequence_parallel
     made: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.global_batch_size * parts,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "gradient_accumulation_steps": train.global_batch_size * parts // (train.micro_batch_size * world_size),
         # 0 means none; said always, because DeepSpeed's default became 1.0.
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "steps_per_print": 10**9,

@@ -23,11 +23,12 @@ def validate(engine: Engine, data: TrainingData) -> dict[str, Any] | None:
     for batch in data.valid:
         arguments = data.to_model(batch)
         losses = engine(**arguments, per_token=True).double()
-        supervised = batch.targets != IGNORE
+        targets = data.own_part(batch.targets)
+        supervised = targets != IGNORE
         sums[0] += losses.sum()
         sums[1] += supervised.sum().to(sums)
-        sums[2] += data.token_bytes[batch.targets[supervised]].sum().to(sums)
-    dist.all_reduce(sums)
+        sums[2] += data.token_bytes[targets[supervised]].sum().to(sums)
+    dist.all_reduce(sums, group=data.processes.mesh.replicas.group)
     nats, tokens, text_bytes = sums.tolist()
     return {
         "kind": "valid",
@@ -53,7 +54,7 @@ def dropped_loss(engine: Engine, data: TrainingData) -> dict[str, Any] | None:
         dropped = arguments["drop"]
         kept = (arguments["targets"] != IGNORE) & ~dropped
         sums += torch.stack([losses[dropped].sum(), dropped.sum(), losses[kept].sum(), kept.sum()])
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=data.processes.mesh.replicas.group)
     dropped_nats, dropped_tokens, kept_nats, kept_tokens = sums.tolist()
     return {
         "kind": "dropped",

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megafish.config import Config
 from megafish.errors import InputError
-from megafish.model.flops import device_peak_flops, flops_per_token
+from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir
 from megafish.train.checkpoint import (
@@ -51,7 +51,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     without it a directory that holds a run already is refused. Called by every process of the group.
     """
     console = console or Console()
-    processes = start_processes(config.train.device)
+    processes = start_processes(config.train.device, config.engine.tensor_parallel, config.engine.sequence_parallel)
     run = RunDir(config.run_path)
     with ExitStack() as stack:
         together(lambda: _claim(run, processes, resume, stack))
@@ -64,8 +64,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             loss=config.loss,
             seed=config.train.seed,
             activation_checkpointing=config.train.activation_checkpointing,
+            mesh=processes.mesh,
         )
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
 
         spent = Spent()
@@ -102,7 +103,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 cross_entropy += output.ce_sum
             grad_norm = engine.step(learning_rate)
-            dist.all_reduce(cross_entropy)
+            dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
             if not math.isfinite(nats + grad_norm):
                 raise Diverged(
@@ -228,6 +229,8 @@ def _identity(config: Config, data: TrainingData, processes: Processes) -> dict[
             "zero_stage": config.engine.zero_stage,
             "precision": config.train.precision,
             "processes": processes.world_size,
+            "tensor_parallel": config.engine.tensor_parallel,
+            "sequence_parallel": config.engine.sequence_parallel,
         },
     }
 
@@ -248,9 +251,12 @@ def _opening_line(
     goldfish = config.goldfish
     loss = "plain loss" if goldfish.k is None else f"goldfish k={goldfish.k} h={goldfish.h} ({goldfish.scheme})"
     start = f"continues at step {spent.steps}" if resumed else "starts"
+    mesh, spread = processes.mesh, ""
+    if mesh.data.size < processes.world_size:
+        spread = f" ({mesh.data.size} data x {mesh.sequence.size} sequence x {mesh.tensor.size} tensor)"
     return (
         f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {loss}, "
-        f"{data.batch_tokens:,} tokens a step, {processes.world_size} x {processes.device.type}, "
+        f"{data.batch_tokens:,} tokens a step, {processes.world_size} x {processes.device.type}{spread}, "
         f"ZeRO {config.engine.zero_stage}, {config.train.precision}"
     )
 

@@ -164,7 +164,9 @@ def test_batch_sizes_that_do_not_divide(stream: SampleStream, micro: int, batch:
     with pytest.raises(InputError) as caught:
         Loader(stream, None, micro, batch, 0, world)
     message = str(caught.value)
-    assert all(text in message for text in (f"={batch}", f"={micro}", f"{world} processes", advice)), message
+    assert all(text in message for text in (f"={batch}", f"={micro}", f"{world} data-parallel processes", advice)), (
+        message
+    )
 
 
 def loader_threads() -> list[threading.Thread]:

@@ -1,4 +1,7 @@
-"""Worker of test_parity: one run for each ZeRO stage, in the processes that a launcher started."""
+"""Worker of test_parity: one run for each layout, in the processes that a launcher started.
+
+A layout is STAGE-TENSOR-SEQUENCE: the ZeRO stage and the degrees of the mesh.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from megafish.config import load_config
 from megafish.train.loop import train
 
 if __name__ == "__main__":
-    folder, stages, *overrides = sys.argv[1:]
+    folder, layouts, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
-    for stage in stages.split(","):
-        train(load_config("tiny", [*overrides, f"engine.zero_stage={stage}", f"run_dir={folder}/zero{stage}"]))
+    for layout in layouts.split(","):
+        stage, tensor, sequence = layout.split("-")
+        engine = f"engine={{zero_stage: {stage}, tensor_parallel: {tensor}, sequence_parallel: {sequence}}}"
+        train(load_config("tiny", [*overrides, engine, f"run_dir={folder}/{layout}"]))

@@ -1,33 +1,59 @@
-"""The same global batches give the same loss curve at every ZeRO stage and number of processes."""
+"""The same global batches give the same loss curve at every ZeRO stage and on every mesh of processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from megafish.model.load import load_run
 from tests.helpers import Launch, finish, read_metrics
 
 STEPS = 50
+STAGES = (0, 1, 2, 3)
+
+# Layouts (curves.py) by number of processes: data parallelism alone, then tensor and sequence parallelism with it.
+LAYOUTS = {
+    1: ["0-1-1", "1-1-1", "2-1-1", "3-1-1"],
+    2: [f"{stage}-{mesh}" for mesh in ("1-1", "2-1", "1-2") for stage in STAGES],
+    4: [f"{stage}-{mesh}" for mesh in ("1-1", "2-1", "1-2") for stage in STAGES] + ["1-2-2", "3-2-2"],
+}
 
 
 def test_loss_curves_agree(launch: Launch, settings: list[str], tmp_path: Path) -> None:
     worker = str(Path(__file__).with_name("curves.py"))
-    curves = {}
-    for processes in (1, 2, 4):
+    curves, runs = {}, {}
+    for processes, layouts in LAYOUTS.items():
         folder = tmp_path / f"p{processes}"
         overrides = [*settings, f"train.steps={STEPS}", "checkpoint.interval=null"]
-        finish(launch(processes, worker, str(folder), "0,1,2,3", *overrides))
-        for stage in range(4):
-            curves[processes, stage] = read_metrics(folder / f"zero{stage}")
-    reference = curves[1, 0]
+        finish(launch(processes, worker, str(folder), ",".join(layouts), *overrides))
+        for layout in layouts:
+            runs[processes, layout] = folder / layout
+            curves[processes, layout] = read_metrics(folder / layout)
+    reference = curves[1, "0-1-1"]
     assert len(reference["train"]) == STEPS
     assert reference["train"][-1]["loss"] < 0.9 * reference["train"][0]["loss"], "the model does not learn"
     for key, curve in curves.items():
-        for ours, theirs in zip(curve["train"], reference["train"], strict=True):
-            for name in ("kept_tokens", "dropped_tokens", "data_hash", "lr", "tokens"):
-                assert ours[name] == theirs[name], (key, name)
-            for name in ("loss", "grad_norm", "bpb"):
-                relative = abs(ours[name] - theirs[name]) / abs(theirs[name])
-                assert relative < (1e-5 if name != "grad_norm" else 1e-3), (key, ours["step"], name, relative)
-        for ours, theirs in zip(curve["valid"], reference["valid"], strict=True):
-            assert ours["valid_tokens"] == theirs["valid_tokens"]
-            assert abs(ours["valid_loss"] - theirs["valid_loss"]) < 1e-5 * theirs["valid_loss"], key
+        compare(key, curve, reference)
+    # Tensor-parallel checkpoints hold whole weights: any process loads them.
+    whole = load_run(runs[1, "0-1-1"]).model.state_dict()
+    for key in ((2, "0-2-1"), (4, "1-2-2"), (4, "3-2-2")):
+        for name, weight in load_run(runs[key]).model.state_dict().items():
+            torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4, msg=f"{key}: {name}")
+
+
+def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[str, list[dict[str, Any]]]) -> None:
+    """All records of a run equal those of the reference, but for the order of sums."""
+    for ours, theirs in zip(curve["train"], reference["train"], strict=True):
+        for name in ("kept_tokens", "dropped_tokens", "data_hash", "lr", "tokens"):
+            assert ours[name] == theirs[name], (key, name)
+        for name in ("loss", "grad_norm", "bpb"):
+            relative = abs(ours[name] - theirs[name]) / abs(theirs[name])
+            assert relative < (1e-5 if name != "grad_norm" else 1e-3), (key, ours["step"], name, relative)
+    for ours, theirs in zip(curve["valid"], reference["valid"], strict=True):
+        assert ours["valid_tokens"] == theirs["valid_tokens"]
+        assert abs(ours["valid_loss"] - theirs["valid_loss"]) < 1e-5 * theirs["valid_loss"], key
+    for ours, theirs in zip(curve["dropped"], reference["dropped"], strict=True):
+        assert ours["tokens_dropped"] == theirs["tokens_dropped"]
+        assert abs(ours["loss_dropped"] - theirs["loss_dropped"]) < 1e-5 * theirs["loss_dropped"], key
