@@ -123,7 +123,7 @@ def publish(run: RunDir, temporary: Path, state: dict[str, Any], config: Checkpo
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Empty folders for a checkpoint of `needed` bytes; InputError where it does not fit, before anything is written."""
+    """Empty folders for a checkpoint of `needed` bytes; InputError where that does not fit, with nothing written."""
     if folder.exists():
         shutil.rmtree(folder)
     for name in (FOLDER, RECEIPTS):
@@ -217,8 +217,8 @@ def find_good(run: RunDir, processes: Processes) -> tuple[Path | None, str | Non
             return folder, note
         first = first or problem
     raise InputError(
-        f"{first}; none of the {len(older)} older ones is good either: see `megafish verify {run.path}`, and start a new "
-        "run"
+        f"{first}; none of the {len(older)} older ones is good either: see `megafish verify {run.path}`; there is "
+        "nothing to continue from, start a new run"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,33 +47,28 @@ PAIRS = [
 ]
 
 
-def job(folder: Path, layout: Layout, resume: bool, micro_batch_size: int = 2) -> list[Any]:
+def job(folder: Path, layout: Layout, begun: Path | None = None, micro_batch_size: int = 2) -> list[Any]:
     own = [
         f"run_dir={folder}",
         f"engine.zero_stage={layout.stage}",
         f"train.precision={layout.precision}",
         f"train.micro_batch_size={micro_batch_size}",
     ]
-    return [resume, own]
+    return [None if begun is None else str(begun), str(folder), own]
 
 
 def test_matrix(launch: Launch, settings: list[str], tmp_path: Path) -> None:
     worker = str(Path(__file__).with_name("reshard.py"))
-    settings = [*settings, f"train.steps={STEPS}", f"checkpoint={{interval: {AT}, keep: null}}"]
-
-    def go(processes: int, jobs: list[list[Any]]) -> None:
-        finish(launch(processes, worker, json.dumps(jobs), *settings))
-
+    settings = [*settings, f"train.steps={STEPS}", f"checkpoint={{interval: {AT}, keep: null}}", "eval.interval=null"]
     begun = sorted({pair.begun for pair in PAIRS})
-    for processes in (1, 2):
-        go(processes, [job(tmp_path / old.name, old, False) for old in begun if old.processes == processes])
-    for pair in PAIRS:
-        copy = tmp_path / pair.name
-        shutil.copytree(tmp_path / pair.begun.name, copy, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}"))
-        (copy / "latest").write_text(f"step_{AT:08d}\n")
-    for processes in (1, 2, 4):
-        mine = [pair for pair in PAIRS if pair.now.processes == processes]
-        go(processes, [job(tmp_path / p.name, p.now, True, p.micro_batch_size) for p in mine])
+    for processes in (2, 1, 4):  # none continues what a later one begins
+        jobs = [job(tmp_path / old.name, old) for old in begun if old.processes == processes]
+        jobs += [
+            job(tmp_path / pair.name, pair.now, tmp_path / pair.begun.name, pair.micro_batch_size)
+            for pair in PAIRS
+            if pair.now.processes == processes
+        ]
+        finish(launch(processes, worker, json.dumps(jobs), f"step_{AT:08d}", *settings))
 
     for pair in PAIRS:
         ours = read_metrics(tmp_path / pair.name)["train"][AT:]
