@@ -258,6 +258,21 @@ def train(
         raise SystemExit(128 + outcome.signal)
 
 
+@app.command(epilog="Example: megafish verify runs/tiny")
+def verify(run: Annotated[Path, typer.Argument(help="Run directory")]) -> None:
+    """Read every checkpoint of a run and compare it with its checksums. Exit code 1 when one is damaged."""
+    from megafish.run import RunDir
+    from megafish.train.checkpoint import verify_run
+
+    good, damaged = verify_run(RunDir.existing(run))
+    if not good:
+        print("next: start a new run, there is none to continue from")
+    else:
+        print(f"next: megafish train {run}" + (" (passes over the damaged ones)" if damaged else ""))
+    if damaged:
+        raise SystemExit(1)
+
+
 @app.command(epilog="Example: megafish generate runs/tiny --prompt 'def main(' --max-new-tokens 100")
 def generate(
     run: Annotated[Path, typer.Argument(help="Run directory")],

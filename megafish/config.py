@@ -389,6 +389,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. null: only at the end."""
     keep: int | None = Field(default=3, ge=1)
     """Keep the newest n checkpoints. null: all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep those of every n-th step as well. null: none for this reason."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss as well."""
+    asynchronous: bool = True
+    """Write while the training goes on; costs the size of a process's optimizer state in host memory."""
 
 
 class WandbConfig(Section):
@@ -493,6 +499,16 @@ class Config(Section):
                 f"{own} key/value heads (model.num_kv_heads={kv_heads} / {of_tensor}) can neither be shared out among "
                 f"engine.sequence_parallel={sequence} processes nor repeated for them: one must be a multiple of "
                 "the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Config:
+        saves, validations = self.checkpoint.interval, self.eval.interval
+        if self.checkpoint.keep_best and saves is not None and (validations is None or saves % validations):
+            raise ValueError(
+                f"checkpoint.keep_best needs a validation at every checkpoint: checkpoint.interval={saves} must be a "
+                f"multiple of eval.interval={validations}"
             )
         return self
 

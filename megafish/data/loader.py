@@ -71,6 +71,27 @@ class StepBatch:
         return sum(batch.dropped for batch in self.micro_batches)
 
 
+@dataclass(frozen=True)
+class ReadOrder:
+    """A rolling hash over the global batches read so far, and what it takes to compute its last turn anew."""
+
+    order_hash: str = ""
+    """16 hex digits; empty before the first batch."""
+    before: str = ""
+    """The same one batch earlier."""
+    data_hash: str = ""
+    """`StepBatch.data_hash` of the last batch."""
+    first_sample: int = 0
+    samples: int = 0
+    """Size of the last batch."""
+
+    def plus(self, data_hash: str, first_sample: int, samples: int) -> ReadOrder:
+        """With one more batch."""
+        text = f"{self.order_hash} {data_hash}"
+        rolled = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return ReadOrder(rolled, self.order_hash, data_hash, first_sample, samples)
+
+
 class Loader:
     """Training batches of one rank.
 
@@ -121,16 +142,23 @@ class Loader:
         """The one step that begins at sample `consumed`, made at once."""
         return self._make_step(self.stream.locate(consumed, self.global_batch_size))
 
-    def _make_step(self, locations: Locations) -> StepBatch:
+    def data_hash(self, first: int, samples: int) -> str:
+        """`StepBatch.data_hash` of the global batch of `samples` samples that begins at sample `first`."""
+        return self._digest(self.stream.locate(first, samples))
+
+    def _digest(self, locations: Locations) -> str:
         digest = hashlib.blake2b(self._identity, digest_size=8)
         for field in locations:
             digest.update(field.astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def _make_step(self, locations: Locations) -> StepBatch:
         batches = []
         share = self.micro_batch_size * self.world_size
         for first in range(self.rank * self.micro_batch_size, self.global_batch_size, share):
             rows = range(first, first + self.micro_batch_size)
             batches.append(make_batch([self.stream.read_at(locations, row) for row in rows], self.mask))
-        return StepBatch(batches, int(locations.number[0]), digest.hexdigest())
+        return StepBatch(batches, int(locations.number[0]), self._digest(locations))
 
     def _make_steps(self, consumed: int) -> Iterator[StepBatch]:
         # Finding a few samples costs as much as finding hundreds, so small steps are located many at a time.

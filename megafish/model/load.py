@@ -1,4 +1,7 @@
-"""Weights on disk: one model.safetensors in a checkpoint folder, written and read whole."""
+"""Weights on disk: model.safetensors in a checkpoint folder, or its parts model-00001-of-00003.safetensors.
+
+Parts come with Hugging Face's model.safetensors.index.json: its "weight_map" says which tensor is in which file.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json
 
 WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 STATE = "state.json"
 
 
@@ -59,19 +63,19 @@ def save_weights(model: Transformer | Mapping[str, torch.Tensor], folder: str | 
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Read `folder`/model.safetensors into the model: every tensor must be there with the right shape.
+    """Read `folder`/model.safetensors, or its parts, into the model: every tensor must be there with the right shape.
 
     The values are copied into the model's own tensors (its dtype and device); a model on the meta device takes over the
     stored tensors, on the CPU and in their stored dtype. Raises InputError for a missing or damaged file, and for
     tensors that are missing, unknown or of another shape.
     """
     path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: missing: name a folder that holds the weights of a checkpoint")
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): the file is damaged") from None
+    stored: dict[str, torch.Tensor] = {}
+    for file in _weight_files(Path(folder)):
+        try:
+            stored |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot be read ({error}): the file is damaged") from None
     parameters = dict(model.named_parameters())  # a tied weight is listed once, under its first name
     _check_names(path, parameters, stored)
     with torch.no_grad():
@@ -81,6 +85,19 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
         else:
             for name, parameter in parameters.items():
                 parameter.copy_(stored[name])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights."""
+    path, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
+    if path.is_file():
+        return [path]
+    if not index.is_file():
+        raise InputError(f"{path}: missing: name a folder that holds the weights of a checkpoint")
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or any(not isinstance(file, str) or "/" in file for file in files.values()):
+        raise InputError(f"{index}: no weight_map of file names in this folder: the file is damaged")
+    return [folder / file for file in sorted(set(files.values()))]
 
 
 def _check_names(path: Path, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:

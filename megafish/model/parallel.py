@@ -12,7 +12,6 @@ On an axis of one process every layer is the plain one: no copy, no collective.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,23 +124,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter], axis: Axis) -> torch.Tenso
     squared = nn.utils.get_total_norm(sharded).square()
     dist.all_reduce(squared, group=axis.group)
     return (squared + nn.utils.get_total_norm(whole).square()).sqrt()
-
-
-def whole_parameter(parameter: nn.Parameter, axis: Axis) -> torch.Tensor:
-    """The full parameter, from the shards of all processes of the axis; the parameter itself where it is whole.
-    Collective."""
-    shard = shard_of(parameter)
-    if shard is None:
-        return parameter.detach()
-    parts = [torch.empty_like(parameter) for _ in range(axis.size)]
-    dist.all_gather(parts, parameter.detach(), group=axis.group)
-    full = parameter.new_empty(shard.full_shape)
-    fused = [(end - begin) * axis.size for begin, end in shard.ranges]
-    for rank, part in enumerate(parts):
-        theirs = replace(axis, rank=rank).cut(shard.full_shape, shard.dim, fused)
-        assert theirs is not None
-        theirs.put(part, full)
-    return full
 
 
 # -------------------------------------------------------------------------------------------------------- tensor axis

@@ -1,10 +1,12 @@
-"""Checkpoints: written beside, checked, renamed; then `latest` moves.
+"""Checkpoints: written beside, read back, renamed; then `latest` moves.
 
 checkpoints/step_00001000/
-    model.safetensors   all weights, in the training precision
-    deepspeed/          what the engine needs to continue (sharded optimizer state, master weights)
+    model.safetensors   all weights, in the training precision (in parts with an index where they are large)
+    optimizer/          fp32 weights and optimizer state, one file a process and an index (train/state.py)
     state.json          counters, and everything that must be the same for a resume to be the same run
     manifest.json       size and sha256 of every file above
+
+saver.py writes them while the training goes on; here is what stands in one, and what becomes of it.
 """
 
 from __future__ import annotations
@@ -12,64 +14,241 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from megafish.config import Config
+from megafish.config import CheckpointConfig, Config
 from megafish.errors import InputError
-from megafish.model.load import save_weights
+from megafish.model.load import WEIGHTS, WEIGHTS_INDEX
+from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
-from megafish.train.engine import Engine, together
+from megafish.train.engine import Processes, attempt, together
+from megafish.train.state import FOLDER, INDEX, MASTER, StateReader, make_index
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+RECEIPTS = "receipts"
+"""Folder inside an unfinished checkpoint in which every process says what it has written."""
+WEIGHTS_BYTES = 2 << 30
+"""Most bytes of one file of weights: as many processes write at one time, and that much can be loaded apart."""
 
 # What must not change between the run and its continuation, and what to tell the user who changed it.
 _FIXED = {
     "mask": "the goldfish mask is not the one this run was trained with",
     "data": "the training samples or their order are not those of this run",
     "model": "the model's shape is not the one of this run",
-    "engine": "the optimizer's state was stored for another layout",
+    "optimizer": "the stored state is of another optimizer",
 }
 
 
-def save_checkpoint(run: RunDir, engine: Engine, state: dict[str, Any], keep: int | None) -> Path:
-    """Write the checkpoint of `state["step"]` and make it the latest. Collective; returns its folder."""
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_receipt(folder: Path, kind: str, rank: int, receipt: dict[str, Any]) -> None:
+    """Say what process `rank` has written: {"files": {name: checksums}, ...}."""
+    write_atomic(folder / RECEIPTS / f"{kind}_{rank:05d}.json", json.dumps(receipt))
+
+
+def read_receipts(folder: Path, kind: str, world_size: int) -> list[dict[str, Any]]:
+    """What the processes have written, by rank."""
+    # By name: a shared file system may show an old list of a folder, but not an old file that was never asked for.
+    return [read_json(folder / RECEIPTS / f"{kind}_{rank:05d}.json") for rank in range(world_size)]
+
+
+def write_weights(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    rank: int,
+    world_size: int,
+    cancelled: Cancel = never,
+    limit: int = WEIGHTS_BYTES,
+) -> dict[str, Any]:
+    """This process's share of the model's weights in `dtype`, made from the fp32 weights on disk; returns its receipt.
+
+    `shapes`: of all full parameters. One parameter at a time is in memory, whatever the number of processes. The files
+    are dealt out so that neighbouring processes, which share a node, do not write them all.
+    """
+    files = shards({name: torch.Size(shapes[name]).numel() * dtype.itemsize for name in sorted(shapes)}, limit)
+    receipt: dict[str, Any] = {"files": {}, "weight_map": {}}
+    own = [number for number in range(len(files)) if number * world_size // len(files) == rank]
+    if not own:
+        return receipt
+    reader = StateReader(folder, make_index(read_receipts(folder, "pieces", world_size)))
+    for number in own:
+        file = WEIGHTS if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        entries = [Entry(name, dtype, shapes[name], partial(_weight, reader, name, dtype)) for name in files[number]]
+        receipt["files"][file] = write_tensors(folder / file, entries, cancelled)
+        receipt["weight_map"] |= dict.fromkeys(files[number], file)
+    return receipt
+
+
+def _weight(reader: StateReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+    # Rounded as DeepSpeed rounds after each step, so these are the bits that the model computes with.
+    return reader.whole(name, MASTER).to(dtype)
+
+
+def publish(run: RunDir, temporary: Path, state: dict[str, Any], config: CheckpointConfig, world_size: int) -> int:
+    """Give a complete checkpoint its name and make it the latest. Returns its size in bytes. Main process only."""
+    pieces, weights = (read_receipts(temporary, kind, world_size) for kind in ("pieces", "weights"))
+    files = {file: sums for receipt in (*pieces, *weights) for file, sums in receipt["files"].items()}
+    written = {f"{FOLDER}/{INDEX}": make_index(pieces), STATE: state}
+    weight_map = {name: file for receipt in weights for name, file in receipt["weight_map"].items()}
+    parts = sorted(set(weight_map.values()))
+    if len(parts) > 1:
+        total = sum(files[part]["bytes"] for part in parts)
+        written[WEIGHTS_INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, content in written.items():
+        path = temporary / name
+        write_atomic(path, json.dumps(content, indent=2 if name == STATE else None) + "\n")
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest = {"format": "megafish-checkpoint", "version": 2, "files": dict(sorted(files.items()))}
+    write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(temporary / RECEIPTS)
+
     final = run.checkpoint(state["step"])
-    temporary = final.with_name(final.name + ".tmp")
-    main = engine.processes.is_main
-    together(lambda: _make_room(temporary, engine) if main else None)
-    try:
-        engine.save(temporary)
-        weights = engine.full_weights()
-        if weights is not None:
-            save_weights(weights, temporary)
-            write_atomic(temporary / "state.json", json.dumps(state, indent=2) + "\n")
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its archive writer.
-        if shutil.disk_usage(run.path).free < 1 << 24 or "No space left" in str(error):
-            raise InputError(
-                f"{run.checkpoints}: no space left on the device: free some, then resume {run.path}"
-            ) from None
-        raise
-    dist.barrier()
-    together(lambda: _publish(run, temporary, final, state["step"], keep) if main else None)
-    return final
-
-
-def _publish(run: RunDir, temporary: Path, final: Path, step: int, keep: int | None) -> None:
-    """Give a complete checkpoint its name, then make it the latest."""
-    _write_manifest(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
     sync_folder(run.checkpoints)
     write_atomic(run.latest_file, final.name + "\n")
-    _prune(run, step, keep)
+    _prune(run, state["step"], config)
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Empty folders for a checkpoint of `needed` bytes; InputError where that does not fit, with nothing written."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    for name in (FOLDER, RECEIPTS):
+        (folder / name).mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent}: no space for a checkpoint: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        )
+
+
+def _prune(run: RunDir, step: int, config: CheckpointConfig) -> None:
+    """Remove the checkpoints up to `step` that are not to be kept, and what killed runs left half-written."""
+    for leftover in run.checkpoints.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    steps = [other for other in run.steps() if other <= step]
+    for old in set(steps) - kept_steps(run, steps, config):
+        shutil.rmtree(run.checkpoint(old))
+
+
+def kept_steps(run: RunDir, steps: list[int], config: CheckpointConfig) -> set[int]:
+    """Of the checkpoints of `steps` (ascending): the newest `keep`, every `keep_every`-th step, the best one."""
+    if config.keep is None:
+        return set(steps)
+    kept = set(steps[-config.keep :])
+    if config.keep_every is not None:
+        kept |= {step for step in steps if step % config.keep_every == 0}
+    if config.keep_best and (best := best_step(run, steps)) is not None:
+        kept.add(best)
+    return kept
+
+
+def best_step(run: RunDir, steps: list[int]) -> int | None:
+    """The checkpoint with the lowest validation loss, the newest of equals; None where no step was validated."""
+    losses: dict[int, float | None] = {}
+    for step in steps:
+        try:
+            losses[step] = load_state(run.checkpoint(step)).get("valid_loss")
+        except InputError:
+            losses[step] = None  # damaged; the run that goes on need not end for it
+    return min(
+        (step for step in steps if losses[step] is not None), key=lambda step: (losses[step], -step), default=None
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    return read_json(folder / "state.json")
+    return read_json(folder / STATE)
+
+
+def verify_checkpoint(folder: Path, rank: int = 0, world_size: int = 1) -> int:
+    """Read the files again and compare them with the manifest; InputError names the first that differs.
+
+    Of `world_size` processes each reads its share. Returns the size of all files [bytes].
+    """
+    manifest = read_json(folder / MANIFEST)
+    files: Any = manifest.get("files")
+    whole = isinstance(files, dict) and all({"bytes", "sha256"} <= set(entry) for entry in files.values())
+    if manifest.get("version") != 2 or not whole or STATE not in files:
+        raise InputError(
+            f"{folder / MANIFEST}: not the manifest of a checkpoint (version 2): the checkpoint is damaged"
+        )
+    # The largest first, dealt out in turn, so that all have about as much to read.
+    ordered = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    for name in ordered[rank::world_size]:
+        path, expected = folder / name, files[name]
+        if not path.is_file():
+            raise InputError(f"{path}: missing: the checkpoint is damaged")
+        if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+            raise InputError(f"{path}: content differs from the manifest: the checkpoint is damaged")
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def find_good(run: RunDir, processes: Processes) -> tuple[Path | None, str | None]:
+    """The checkpoint to continue from, and a line to say where it is not the latest: (None, None) without any.
+
+    A damaged one is passed over for the newest good one before it. Collective. Raises InputError when none is good.
+    """
+    latest = together(run.latest)
+    if latest is None:
+        return None, None
+    older = [step for step in reversed(run.steps()) if run.checkpoint(step).name < latest.name]
+    first = None
+    for folder in (latest, *map(run.checkpoint, older)):
+        _, problem = attempt(partial(verify_checkpoint, folder, processes.rank, processes.world_size))
+        if problem is None:
+            note = None if first is None else f"{first}; continuing from the newest good one, {folder.name}"
+            return folder, note
+        first = first or problem
+    raise InputError(
+        f"{first}; none of the {len(older)} older ones is good either: see `megafish verify {run.path}`; there is "
+        "nothing to continue from, start a new run"
+    )
+
+
+def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], list[int]]:
+    """Verify every checkpoint of a run and print a table; returns the steps of the good and of the damaged ones."""
+    steps = run.steps()
+    if not steps:
+        raise InputError(f"{run.path}: no checkpoint yet: train for at least checkpoint.interval steps")
+    latest, best = run.latest(), best_step(run, steps)
+    good: list[int] = []
+    damaged: list[int] = []
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("step", "GB", "validation loss", "", "state"):
+        table.add_column(heading, justify="left" if heading in ("", "state") else "right", overflow="fold")
+    for step in steps:
+        folder = run.checkpoint(step)
+        size = loss = ""
+        try:
+            size = f"{verify_checkpoint(folder) / 1e9:.2f}"
+            valid_loss = load_state(folder)["valid_loss"]
+            loss = "" if valid_loss is None else f"{valid_loss:.4f}"
+            verdict = "good"
+            good.append(step)
+        except InputError as error:
+            verdict = f"damaged: {error}"
+            damaged.append(step)
+        marks = [mark for mark, marked in (("latest", folder == latest), ("best", step == best)) if marked]
+        table.add_row(str(step), size, loss, " ".join(marks), verdict)
+    (console or Console()).print(table, highlight=False)
+    return good, damaged
 
 
 def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> None:
@@ -86,22 +265,6 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     return _differences(before, after, "")
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Read every file again and compare it with the manifest; InputError names the first that differs."""
-    manifest = read_json(folder / "manifest.json")
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(
-                f"{path}: missing; the checkpoint is damaged: name an older one in {folder.parent.parent / 'latest'}"
-            )
-        if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
-            raise InputError(
-                f"{path}: content differs from the manifest; the checkpoint is damaged: name an older one in "
-                f"{folder.parent.parent / 'latest'}"
-            )
-
-
 def set_aside(run: RunDir, step: int) -> list[int]:
     """Rename checkpoints later than `step`: a run that goes back to it makes others of those steps. Returns them."""
     later = [other for other in run.steps() if other > step]
@@ -112,45 +275,6 @@ def set_aside(run: RunDir, step: int) -> list[int]:
             shutil.rmtree(aside)
         os.replace(folder, aside)
     return later
-
-
-def _write_manifest(folder: Path) -> None:
-    """Read every file back from the disk, which must have it by then, and store its size and hash."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-    entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
-    }
-    write_atomic(
-        folder / "manifest.json", json.dumps({"format": "megafish-checkpoint", "version": 1, "files": entries})
-    )
-
-
-def _make_room(folder: Path, engine: Engine) -> None:
-    """An empty folder; refused before anything is written where the checkpoint would not fit.
-
-    Counted are the weights twice (safetensors and DeepSpeed's), fp32 master weights and two moments.
-    """
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    needed = sum(getattr(p, "ds_numel", p.numel()) * (2 * p.element_size() + 4 + 8) for p in engine.module.parameters())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"{folder.parent}: no space for a checkpoint: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
-        )
-
-
-def _prune(run: RunDir, step: int, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, and what killed runs left half-written."""
-    for leftover in run.checkpoints.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
-    if keep is not None:
-        for old in [other for other in run.steps() if other <= step][:-keep]:
-            shutil.rmtree(run.checkpoint(old))
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

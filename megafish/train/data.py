@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megafish.config import Config
 from megafish.data.corpus import SampleStream, open_train, open_valid, run_tokenizer
-from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, StepBatch
+from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, ReadOrder, StepBatch
 from megafish.data.tokenizer import Tokenizer
+from megafish.errors import InputError
 from megafish.objective.goldfish import GoldfishMask
 from megafish.train.engine import Processes
 
@@ -53,6 +54,16 @@ class TrainingData:
         """Mask and samples, as a checkpoint stores them and a resume compares them (JSON types)."""
         return {"mask": self.mask.describe(), "data": self.stream.describe()}
 
+    def check_order(self, order: ReadOrder) -> None:
+        """Compute the hash of a checkpoint's last global batch anew; InputError where the order is not that run's."""
+        data_hash = self.loader.data_hash(order.first_sample, order.samples)
+        again = ReadOrder(order.before).plus(data_hash, order.first_sample, order.samples)
+        if again != order:
+            raise InputError(
+                f"the {order.samples} samples from {order.first_sample} on are not those that the checkpoint's last "
+                f"step read (hash {data_hash}, was {order.data_hash}): its order of samples cannot be continued"
+            )
+
     def epoch(self, consumed: int) -> float:
         """Passes over the data once `consumed` samples are read (of several sources, over the most repeated)."""
         return max(self.stream.epochs(consumed))
@@ -61,8 +72,8 @@ class TrainingData:
         """This process's batches from sample `consumed` on."""
         return self.loader.steps(consumed)
 
-    def count(self, batch: StepBatch, stop: bool) -> tuple[int, int, int, bool]:
-        """(kept tokens, dropped tokens, UTF-8 bytes of the kept tokens, whether any process was asked to stop).
+    def count(self, batch: StepBatch, *flags: int) -> tuple[int, ...]:
+        """(kept tokens, dropped tokens, UTF-8 bytes of the kept tokens, then each of `flags`), sums over all processes.
 
         Sums over all sequences of the step, in the one collective that a step needs before its first backward pass: the
         number of kept tokens follows from the token ids, so the global mean's denominator is known ahead.
@@ -71,12 +82,11 @@ class TrainingData:
             int(self.token_bytes[micro.targets[(micro.targets != IGNORE) & ~micro.drop]].sum())
             for micro in batch.micro_batches
         )
-        numbers = torch.tensor([batch.kept, batch.dropped, target_bytes, int(stop)], device=self.processes.device)
+        numbers = torch.tensor([batch.kept, batch.dropped, target_bytes, *flags], device=self.processes.device)
         if not self.processes.mesh.speaks_for_its_sequences:
             numbers[:3] = 0
         dist.all_reduce(numbers)
-        kept, dropped, target_bytes, stops = numbers.tolist()
-        return kept, dropped, target_bytes, stops > 0
+        return tuple(numbers.tolist())
 
     def own_part(self, x: torch.Tensor) -> torch.Tensor:
         """What this process has of each row under sequence parallelism: [b, S] -> [b, S / P]."""
@@ -115,6 +125,11 @@ def open_data(config: Config, processes: Processes) -> TrainingData:
     if valid:
         valid_stream = SampleStream(valid, length, seed=0)
         valid_loader = EvalLoader(valid_stream, config.eval.sequences, batch, *ranks)
+    elif config.checkpoint.keep_best:
+        raise InputError(
+            "checkpoint.keep_best needs validation text, and no corpus of data.train or data.valid has any: set "
+            "checkpoint.keep_every, or prepare the corpus with --valid-fraction"
+        )
     return TrainingData(
         config,
         processes,

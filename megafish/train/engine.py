@@ -26,10 +26,12 @@ from torch import nn
 from megafish.config import Config
 from megafish.errors import InputError
 from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
-from megafish.model.parallel import gradient_norm, whole_parameter
+from megafish.model.parallel import gradient_norm
 from megafish.model.transformer import Transformer
 from megafish.train.host import keep_freed_memory
 from megafish.train.optim import build_optimizer
+from megafish.train.partition import fill_buffers, flat_buffers, full_shape, owned_pieces, refresh_weights
+from megafish.train.state import Piece, StateReader
 
 T = TypeVar("T")
 
@@ -114,18 +116,25 @@ def together(action: Callable[[], T]) -> T:
 
     Without it the process that failed leaves and the others wait for it until the collective times out.
     """
+    result, problem = attempt(action)
+    if problem is not None:
+        raise InputError(problem)
+    return cast(T, result)
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Run `action` in every process: its result here, and the first process's InputError as text. Collective."""
     result, error = None, None
     try:
         result = action()
     except (InputError, OSError) as caught:
-        error = caught
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
-    for rank, message in enumerate(messages):
+        error = str(caught)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, message in enumerate(errors):
         if message is not None:
-            where = "" if rank == 0 else f"process {rank}: "
-            raise InputError(f"{where}{message}") from error
-    return cast(T, result)
+            return result, message if rank == 0 else f"process {rank}: {message}"
+    return result, None
 
 
 def _fill_environment() -> None:
@@ -167,6 +176,7 @@ class Engine:
     def __init__(self, config: Config, model: Transformer, processes: Processes):
         self.processes = processes
         self.grad_clip = config.optimizer.grad_clip
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         if config.train.precision == "bf16":
             model = model.bfloat16()
         model = model.to(processes.device)
@@ -185,6 +195,8 @@ class Engine:
             )
         # Without ZeRO and in fp32 DeepSpeed clips but does not report the norm; it is done here instead, once.
         self._clips_here = config.engine.zero_stage == 0 and config.train.precision == "fp32"
+        self._buffers = flat_buffers(self.optimizer)
+        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
 
     @property
     def module(self) -> nn.Module:
@@ -222,34 +234,34 @@ class Engine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's own files (sharded optimizer state, master weights) below folder/deepspeed. Collective."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+    @property
+    def optimizer_name(self) -> str:
+        """Class of the optimizer whose state a checkpoint holds."""
+        return type(self.engine.basic_optimizer).__name__
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter, whatever of it is held here."""
+        return {name: full_shape(parameter) for parameter, name in self._names.items()}
+
+    def pieces(self) -> list[Piece]:
+        """Weights and optimizer state that this process is to store, as views of its memory."""
+        mesh = self.processes.mesh
+        return owned_pieces(self._buffers, self._names, mesh.tensor.rank, (mesh.replicas.rank, mesh.replicas.size))
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on the same number of processes and the same ZeRO stage. Collective."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
-        if path is None:
-            raise InputError(
-                f"{folder / 'deepspeed'}: cannot be loaded by process {self.processes.rank}: every node must see "
-                "the run directory under the same path"
-            )
+        """Read weights and optimizer state of a checkpoint, written by any number of processes at any ZeRO stage.
 
-    def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights by name on the main process, in the training precision; None elsewhere. Collective."""
-        weights: dict[str, torch.Tensor] = {}
-        deepspeed, tensor = _deepspeed(), self.processes.mesh.tensor
-        for name, parameter in self.engine.module.named_parameters():
-            if hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    weight = whole_parameter(parameter, tensor)
-                    if self.processes.is_main:
-                        weights[name] = weight.cpu().clone()
-            else:
-                weight = whole_parameter(parameter, tensor)
-                if self.processes.is_main:
-                    weights[name] = weight.cpu()
-        return weights if self.processes.is_main else None
+        Collective. Raises the same InputError in all processes for what does not fit.
+        """
+
+        def read() -> None:
+            reader = StateReader(folder)
+            reader.check(self.shapes)
+            fill_buffers(self._buffers, self._names, reader)
+
+        together(read)
+        refresh_weights(self.optimizer)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

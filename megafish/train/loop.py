@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
@@ -15,22 +16,17 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megafish.config import Config
+from megafish.data.loader import ReadOrder
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir
-from megafish.train.checkpoint import (
-    changed_settings,
-    check_resume,
-    load_state,
-    save_checkpoint,
-    set_aside,
-    verify_checkpoint,
-)
+from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
+from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
 from megafish.train.track import Tracker
 
@@ -69,15 +65,17 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
 
-        spent = Spent()
-        identity = _identity(config, data, processes)
-        latest = together(lambda: _resume_point(run, identity, processes) if resume else None)
+        spent, order = Spent(), ReadOrder()
+        identity = _identity(config, data, engine)
+        latest, fallback = find_good(run, processes) if resume else (None, None)
         if latest is not None:
-            together(lambda: engine.load(latest))
-            spent = Spent(**load_state(latest)["spent"])
+            spent, order = together(partial(_continue_from, latest, identity, data, run))
+            engine.load(latest)
 
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
+            if fallback is not None:
+                tracker.note(fallback)
             tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
@@ -86,12 +84,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None
 
         stopped = False
+        saver = stack.enter_context(Saver(run, engine, config.checkpoint))
         batches = stack.enter_context(closing(data.steps(spent.samples)))
         while not budget.used_up(spent) and not stopped:
             # ---- one optimizer step
             started = time.perf_counter()
             batch = next(batches)
-            kept, dropped, target_bytes, stopped = data.count(batch, stop.received is not None)
+            flags = stop.received is not None, *saver.flags()
+            kept, dropped, target_bytes, stops, saving, failed = data.count(batch, *flags)
+            stopped = stops > 0
+            saver.poll(saving, failed)
             spent = spent.plus(samples=data.batch_samples, tokens=data.batch_tokens, supervised_tokens=kept)
             progress = budget.progress(spent)
             learning_rate = config.optimizer.lr * learning_rate_factor(config.schedule, warmup, progress)
@@ -106,6 +108,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
             if not math.isfinite(nats + grad_norm):
+                saver.finish()
                 raise Diverged(
                     f"{run.path}: step {spent.steps}: loss {nats / max(kept, 1)}, gradient norm {grad_norm}: training "
                     "diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again"
@@ -113,6 +116,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             seconds = time.perf_counter() - started
 
             # ---- report
+            order = order.plus(batch.data_hash, batch.first_sample, data.batch_samples)
             last = budget.used_up(spent)
             if tracker is not None:
                 achieved = _step_flops(config, data, kept) / seconds
@@ -131,6 +135,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     "supervised_tokens": spent.supervised_tokens,
                     "epoch": data.epoch(spent.samples),
                     "data_hash": batch.data_hash,
+                    "order_hash": order.order_hash,
                     "tokens_per_s": data.batch_tokens / seconds,
                     "model_flops_per_s": achieved,
                     "mfu": None if peak is None else achieved / (peak * processes.world_size),
@@ -141,16 +146,22 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 tracker.show(progress, record)
 
             # ---- validate
+            valid_loss = None
             if not stopped and (last or _due(spent.steps, config.eval.interval)):
                 for result in (validate(engine, data), dropped_loss(engine, data)):
+                    if result is not None and result["kind"] == "valid":
+                        valid_loss = result["valid_loss"]
                     if result is not None and tracker is not None:
                         tracker.log({**result, "step": spent.steps})
                         tracker.note(_evaluation_line(result, spent.steps))
 
             # ---- save
             if last or stopped or _due(spent.steps, config.checkpoint.interval):
-                state = {"step": spent.steps, "spent": asdict(spent), **identity}
-                save_checkpoint(run, engine, state, config.checkpoint.keep)
+                state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
+                saver.save({**state, **identity}, wait=last or stopped)
+            if tracker is not None:
+                for record in saver.records():
+                    tracker.log(record)
 
         cut_short = stopped and not budget.used_up(spent)
         return Outcome(run, spent, signal=(stop.received or SIGTERM) if cut_short else None)
@@ -170,14 +181,13 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
         )
 
 
-def _resume_point(run: RunDir, identity: dict[str, Any], processes: Processes) -> Path | None:
-    """The checkpoint to continue from, found good by the main process and fitting in the eyes of all."""
-    latest = run.latest()
-    if latest is not None:
-        if processes.is_main:
-            verify_checkpoint(latest)
-        check_resume(load_state(latest), identity, run)
-    return latest
+def _continue_from(folder: Path, identity: dict[str, Any], data: TrainingData, run: RunDir) -> tuple[Spent, ReadOrder]:
+    """How far a checkpoint is, once it is found to be one that this run may continue."""
+    saved = load_state(folder)
+    check_resume(saved, identity, run)
+    order = ReadOrder(**saved["order"])
+    data.check_order(order)
+    return Spent(**saved["spent"]), order
 
 
 def _open_tracker(
@@ -220,18 +230,12 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _identity(config: Config, data: TrainingData, processes: Processes) -> dict[str, Any]:
+def _identity(config: Config, data: TrainingData, engine: Engine) -> dict[str, Any]:
     """What a continuation must share with the run it continues."""
     return {
         **data.identity(),
         "model": config.model.model_dump(mode="json"),
-        "engine": {
-            "zero_stage": config.engine.zero_stage,
-            "precision": config.train.precision,
-            "processes": processes.world_size,
-            "tensor_parallel": config.engine.tensor_parallel,
-            "sequence_parallel": config.engine.sequence_parallel,
-        },
+        "optimizer": engine.optimizer_name,
     }
 
 

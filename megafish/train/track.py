@@ -24,7 +24,7 @@ from megafish.run import RunDir, write_atomic
 PLAIN_INTERVAL = 10.0
 
 # Groups of the wandb and TensorBoard pages.
-_GROUPS = {"train": "train", "valid": "valid", "dropped": "goldfish"}
+_GROUPS = {"train": "train", "valid": "valid", "dropped": "goldfish", "checkpoint": "checkpoint"}
 
 
 class Tracker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,6 @@ from megafish.model.parallel import (
     heads_to_tokens,
     sum_replicated_gradients,
     tokens_to_heads,
-    whole_parameter,
 )
 from megafish.model.shard import mark, shard_of
 from megafish.model.transformer import Transformer
@@ -51,6 +51,23 @@ def close(actual: torch.Tensor | None, expected: torch.Tensor | None, what: str,
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     error = float((actual.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
     assert error < tolerance, (what, error)
+
+
+def whole_parameter(parameter: nn.Parameter, axis: Axis) -> torch.Tensor:
+    """The full parameter, from the shards of all processes of the axis; the parameter itself where it is whole.
+    Collective."""
+    shard = shard_of(parameter)
+    if shard is None:
+        return parameter.detach()
+    parts = [torch.empty_like(parameter) for _ in range(axis.size)]
+    dist.all_gather(parts, parameter.detach(), group=axis.group)
+    full = parameter.new_empty(shard.full_shape)
+    fused = [(end - begin) * axis.size for begin, end in shard.ranges]
+    for rank, part in enumerate(parts):
+        theirs = replace(axis, rank=rank).cut(shard.full_shape, shard.dim, fused)
+        assert theirs is not None
+        theirs.put(part, full)
+    return full
 
 
 def layers(axis: Axis) -> None:
