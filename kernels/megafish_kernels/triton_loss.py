@@ -75,7 +75,10 @@ def _logits(
         left += BK
         right += BK
     if BIAS:
-        logits += tl.load(bias + column + columns).to(tl.float32)[None, :]
+        added = tl.load(bias + column + columns).to(tl.float32)
+        # -inf, which bans an id, would make NaN of the differences within a tile where all are banned.
+        lowest = _LOWEST / tl.maximum(scale, 1.0)
+        logits += tl.where(added < lowest, lowest, added)[None, :]
     logits *= scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends: the exponential is 0 or infinite there.
