@@ -14,6 +14,7 @@ from megafish_kernels.backends import Backend, takes_triton
 from megafish_kernels.checks import check_companions, check_ids, check_options, check_tensors
 from megafish_kernels.rows import KeptRows, compact_rows
 from megafish_kernels.shard import Shard, own_columns
+from megafish_kernels.tiles import overriding
 from megafish_kernels.torch_backend import Options, reduction_dtype
 
 
@@ -249,6 +250,7 @@ def make_call(
         scale=scale,
         grad_enabled=torch.is_grad_enabled(),
         triton=triton,
+        tiles=overriding(),
         shard=shard,
         main_grad=main_grad,
     )

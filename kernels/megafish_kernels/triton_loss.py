@@ -300,8 +300,12 @@ class Kept(NamedTuple):
 
 
 def precision() -> str:
-    """Of fp32 products, as torch's own are set: "ieee", or "tf32" after set_float32_matmul_precision("high")."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of fp32 products, as torch's own are set: "ieee", or "tf32" after set_float32_matmul_precision("high") or, from
+    torch 2.9 on, `torch.backends.cuda.matmul.fp32_precision = "tf32"`, after which the older getter raises an error."""
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        newer = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
 
 
 def _tiles(kept: Kept) -> LossTiles:
