@@ -92,7 +92,7 @@ def goldfish_drop(
         h: context tokens that decide, >= 1 (schemes goldfish-v1 and table).
         seed: of the hash, 0 <= seed < 2^64 (schemes goldfish-v1 and random).
         window: "preceding" hashes x[i-1] ... x[i-h], the paper's definition; "inclusive" hashes x[i] ... x[i-h+1] as
-            the published code does. Scheme goldfish-v1 only: table is inclusive by definition.
+            the published code does. Scheme goldfish-v1 only: table is inclusive by definition, the others hash nothing.
         min_context: a token with fewer tokens than this before it in its document is kept. Default h, or h - 1 for
             "inclusive". Scheme goldfish-v1 only.
         scheme: "goldfish-v1"; "table", the published hash table bit for bit (windows of a row, across documents; the
@@ -299,6 +299,8 @@ def _check_options(
         raise ValueError(f"min_context: has no meaning for scheme {scheme}; leave it out")
     if canonical is not None and scheme in ("static", "random"):
         raise ValueError(f"canonical: has no meaning for scheme {scheme}, which hashes no tokens; leave it out")
+    if window != "preceding" and scheme in ("static", "random"):
+        raise ValueError(f"window: has no meaning for scheme {scheme}, which hashes no tokens; leave it out")
     if seed != 0 and scheme in ("table", "static"):
         raise ValueError(f"seed: has no meaning for scheme {scheme}; leave it at 0")
     if scheme != "random" and not (isinstance(nonce, int) and nonce == 0):

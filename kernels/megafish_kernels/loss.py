@@ -114,7 +114,7 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
             looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
-    check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, return_stats)
+    check_options(denominator, reduction, z_loss, label_smoothing, softcap, logit_scale, logits_bytes, return_stats)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
     if vocab_size is None:
@@ -130,8 +130,10 @@ def linear_cross_entropy(
         raise ValueError("vocab_start, sequence_sharded: mean nothing without a group")
     check_tensors(hidden, weight, targets, bias, shard)
     check_companions(weight, targets, token_weight, drop, rows, main_grad)
-    if not 1 <= vocab_size <= (weight.shape[0] if shard is None else 2**24):
-        bound = f"the {weight.shape[0]} rows of weight" if shard is None else "2^24"
+    # 2^24: ids stand among fp32 figures (partials.Fields.best), and offsets within a tile have 32 bits.
+    most = 2**24 if shard is not None else min(weight.shape[0], 2**24)
+    if not 1 <= vocab_size <= most:
+        bound = "2^24" if most == 2**24 else f"the {most} rows of weight"
         raise ValueError(f"vocab_size: {vocab_size} must be at least 1 and at most {bound}")
 
     device = hidden.device
@@ -144,7 +146,7 @@ def linear_cross_entropy(
         raise ValueError(f"weight: dtype {weight.dtype} must be that of hidden, {hidden.dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
-    use_triton = _use_triton(backend, hidden)
+    use_triton = takes_triton(backend, hidden)
 
     options = Options(
         vocab_size=vocab_size,
@@ -196,12 +198,6 @@ def linear_cross_entropy(
     cross_entropy, lse, entropy, correct = facts
     assert cross_entropy is not None and lse is not None
     return loss, LossStats(lse, entropy, correct, cross_entropy, dropped)
-
-
-def _use_triton(backend: Backend, hidden: Tensor) -> bool:
-    if backend == "triton" and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        raise ValueError('backend: Triton\'s interpreter computes bfloat16 wrongly; take float32, float16 or "torch"')
-    return takes_triton(backend, hidden)
 
 
 def make_call(

@@ -426,6 +426,7 @@ def test_small_shapes(scheme: Any, shape: tuple[int, ...]) -> None:
         ({"scheme": "table", "min_context": 3}, "min_context: has no meaning"),
         ({"scheme": "table", "seed": 3}, "seed: has no meaning"),
         ({"scheme": "static", "canonical": np.arange(5)}, "canonical: has no meaning"),
+        ({"scheme": "random", "window": "inclusive"}, "window: has no meaning"),
         ({"nonce": 1}, "nonce: has no meaning"),
         ({"scheme": "random", "nonce": np.array([1, 2])}, "nonce: shape"),
         ({"document_starts": np.zeros(3, dtype=bool)}, "document_starts: shape"),

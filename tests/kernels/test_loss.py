@@ -450,11 +450,16 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"denominator": torch.ones(2)}, "denominator: expected a 0-d"),
         ({"denominator": torch.ones((), dtype=torch.bfloat16)}, "denominator: torch.bfloat16 rounds"),
         ({"z_loss": -1.0}, "z_loss"),
+        ({"z_loss": float("nan")}, "z_loss: nan"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"softcap": 0.0}, "softcap"),
+        ({"softcap": float("nan")}, "softcap: nan"),
+        ({"logit_scale": float("inf")}, "logit_scale: inf"),
         ({"logits_bytes": 0}, "logits_bytes"),
+        ({"logits_bytes": 1e9}, "logits_bytes: expected an integer"),
         ({"backend": "cuda"}, "backend"),
         ({"return_stats": "all"}, "return_stats"),
+        ({"return_stats": 1}, "return_stats: 1"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:
@@ -462,6 +467,13 @@ def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:
     given.update(change)
     with pytest.raises(ValueError, match=word):
         linear_cross_entropy(given.pop("hidden"), given.pop("weight"), given.pop("targets"), **given)
+
+
+def test_more_ids_than_fp32_can_count_are_refused() -> None:
+    vocab = 2**24 + 1
+    weight, hidden = torch.empty(vocab, 2, device="meta"), torch.empty(4, 2, device="meta")
+    with pytest.raises(ValueError, match=r"vocab_size: 16777217 must be at least 1 and at most 2\^24"):
+        linear_cross_entropy(hidden, weight, torch.empty(4, dtype=torch.long, device="meta"))
 
 
 def test_float16_gradients_survive_a_large_denominator() -> None:

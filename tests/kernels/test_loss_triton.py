@@ -266,6 +266,14 @@ def test_tiles_of_the_table_are_found_and_overridden() -> None:
         ({"rows": KeptRows(torch.zeros(3, dtype=torch.int32), 2)}, "rows: the count 2"),
         ({"rows": KeptRows(torch.zeros(3), 3)}, "rows: expected an index"),
         (
+            {"rows": KeptRows(torch.zeros(4, dtype=torch.int32), torch.tensor(3.0))},
+            "rows: expected a count int32 and 0-d, got torch.float32",
+        ),
+        (
+            {"rows": KeptRows(torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))},
+            "rows: expected a count",
+        ),
+        (
             {"rows": KeptRows(torch.zeros(3, dtype=torch.int32), 3), "drop": torch.zeros(4, dtype=torch.bool)},
             "rows: say",
         ),
