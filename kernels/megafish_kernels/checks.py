@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,35 @@ def check_ids(kept: Tensor, vocab_size: int) -> None:
             raise ValueError(f"targets: id {int(wrong)} is outside the vocabulary of {vocab_size}")
     elif kept.device.type == "cuda":
         torch._assert_async(((kept >= 0) & (kept < vocab_size)).all(), "targets: an id is outside the vocabulary")
+
+
+def check_rows(rows: KeptRows, size: int) -> None:
+    """Kept rows are rows of the batch, each named once: of one named twice a gradient would be lost."""
+    if rows.index.device.type != "cpu":
+        return
+    kept = rows.index[: int(rows.count)]
+    if not kept.numel():
+        return
+    if int(kept.min()) < 0 or int(kept.max()) >= size:
+        wrong = kept[(kept < 0) | (kept >= size)][0]
+        raise ValueError(f"rows: {int(wrong)} is no row of the batch, which has {size}")
+    named = torch.bincount(kept)
+    if int(named.max()) > 1:
+        raise ValueError(f"rows: row {int(named.argmax())} is named {int(named.max())} times")
+
+
+def integer(name: str, value: Any) -> int:
+    """As it is if it is an int (torch.compile's symbols are), else `whole`."""
+    return value if isinstance(value, int) else whole(name, value)
+
+
+def check_kinds(rows: KeptRows | None, **tensors: Tensor | None) -> None:
+    """Refuse what is no tensor where one is expected."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if rows is not None and not isinstance(rows, KeptRows):
+        raise ValueError(f"rows: expected KeptRows, got {type(rows).__name__}")
 
 
 def check_options(
@@ -54,7 +84,7 @@ def check_options(
         raise ValueError(f"softcap: {softcap} must be a number above 0; None for no cap")
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: {logit_scale} must be a number")
-    if logits_bytes is not None and whole("logits_bytes", logits_bytes) < 1:
+    if logits_bytes is not None and integer("logits_bytes", logits_bytes) < 1:
         raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
     # Not `in`: 1 is equal to True, and would be taken for neither of them further on.
     if not isinstance(return_stats, bool) and return_stats != "loss":
@@ -70,7 +100,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
                 f"{name}: is a DTensor, of which this process holds a part. FSDP gathers a parameter around the "
                 "forward of the module that owns it: call this there, as LinearCrossEntropyHead does"
             )
-    if weight.dim() != 2:
+    if weight.dim() != 2 or (weight.shape[0] > 0 and weight.shape[1] == 0):
         raise ValueError(
             f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
             "forward of the module that owns it: call this there, as LinearCrossEntropyHead does)"

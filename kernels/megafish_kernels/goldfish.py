@@ -52,6 +52,8 @@ def _mix(state: int) -> int:
 def goldfish_coefficients(seed: int, h: int) -> tuple[int, ...]:
     """c[0] ... c[h] of goldfish-v1: the first h + 1 outputs of splitmix64 seeded with `seed`, as unsigned integers."""
     seed, h = whole("seed", seed), whole("h", h)  # NumPy's integers would overflow below
+    if not 0 <= seed < 2**64 or h < 0:
+        raise ValueError(f"seed, h: {seed} and {h}; expected 0 <= seed < 2^64 and h >= 0")
     return tuple(_mix((seed + (i + 1) * GOLDEN) & _MASK) for i in range(h + 1))
 
 
@@ -163,6 +165,8 @@ def checked_options(
     nonce: Any,
 ) -> dict[str, Any]:
     """The arguments of `goldfish_drop`, checked as far as they can be without looking into arrays; as they are used."""
+    if not isinstance(tokens, (np.ndarray, Tensor)):
+        raise ValueError(f"tokens: expected a NumPy array or a tensor, got {type(tokens).__name__}")
     # Checks and arithmetic below are those of Python's integers: nothing else may pass for one.
     if k is not None and not getattr(k, "ndim", 0):
         k = whole("k", k)

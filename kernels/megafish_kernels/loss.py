@@ -11,7 +11,15 @@ from torch import Tensor
 from megafish_kernels import compiled
 from megafish_kernels.autograd import Call
 from megafish_kernels.backends import Backend, takes_triton
-from megafish_kernels.checks import check_companions, check_ids, check_options, check_tensors
+from megafish_kernels.checks import (
+    check_companions,
+    check_ids,
+    check_kinds,
+    check_options,
+    check_rows,
+    check_tensors,
+    integer,
+)
 from megafish_kernels.rows import KeptRows, compact_rows
 from megafish_kernels.shard import Shard, own_columns
 from megafish_kernels.tiles import overriding
@@ -114,6 +122,17 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
             looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
+    check_kinds(
+        rows,
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        token_weight=token_weight,
+        drop=drop,
+        main_grad=main_grad,
+    )
+    ignore_index = integer("ignore_index", ignore_index)
     check_options(denominator, reduction, z_loss, label_smoothing, softcap, logit_scale, logits_bytes, return_stats)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
@@ -121,7 +140,7 @@ def linear_cross_entropy(
         if group is not None:
             raise ValueError("vocab_size: needed with a group, whose ranks hold parts of the vocabulary")
         vocab_size = weight.shape[0] if weight.dim() == 2 else 0
-    shard = None
+    vocab_size, shard = integer("vocab_size", vocab_size), None
     if group is not None:
         if vocab_start < 0:
             raise ValueError(f"vocab_start: {vocab_start} must be at least 0")
@@ -217,6 +236,8 @@ def make_call(
     dtype = options.dtype
     flat = targets.reshape(-1).long()
     weights = None if token_weight is None else token_weight.detach().reshape(-1).to(dtype)
+    if rows is not None:
+        check_rows(rows, flat.shape[0])
     index, count = _kept_rows(flat, weights, ignore_index, drop, rows, triton)
     kept = flat if index is None else flat.index_select(0, index)
     kept_weights = weights if index is None or weights is None else weights.index_select(0, index)

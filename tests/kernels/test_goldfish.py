@@ -515,3 +515,11 @@ def test_k_that_does_not_broadcast(shape: tuple[int, ...], as_torch: bool) -> No
     arrays: Any = (torch.from_numpy(tokens), torch.from_numpy(ks)) if as_torch else (tokens, ks)
     with pytest.raises(ValueError, match=r"k: shape .* does not broadcast to that of tokens, \(2, 8\)"):
         goldfish_drop(arrays[0], k=arrays[1], h=3)
+
+
+def test_what_is_no_array_is_named() -> None:
+    with pytest.raises(ValueError, match="tokens: expected a NumPy array or a tensor, got list"):
+        goldfish_drop([1, 2], k=2)  # type: ignore[type-var]
+    for seed, h in ((-1, 3), (2**64, 3), (0, -1)):
+        with pytest.raises(ValueError, match=f"seed, h: {seed} and {h}"):
+            goldfish_coefficients(seed, h)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megafish_kernels import linear_cross_entropy
+from megafish_kernels import KeptRows, linear_cross_entropy
 from megafish_kernels.reference import reference_linear_cross_entropy
 from megafish_kernels.torch_backend import chunk_rows
 
@@ -459,6 +460,15 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"logits_bytes": 1e9}, "logits_bytes: expected an integer"),
         ({"backend": "cuda"}, "backend"),
         ({"return_stats": "all"}, "return_stats"),
+        ({"hidden": [[1.0, 2.0]]}, "hidden: expected a tensor, got list"),
+        ({"drop": np.zeros(4, dtype=bool)}, "drop: expected a tensor, got ndarray"),
+        ({"weight": torch.zeros(5, 0), "hidden": torch.zeros(4, 0)}, "weight: expected"),
+        ({"vocab_size": 5.0}, "vocab_size: expected an integer"),
+        ({"ignore_index": None}, "ignore_index: expected an integer"),
+        ({"rows": (torch.zeros(1, dtype=torch.int32), 1)}, "rows: expected KeptRows, got tuple"),
+        ({"rows": KeptRows(torch.tensor([0, 4]), 2)}, "rows: 4 is no row of the batch, which has 4"),
+        ({"rows": KeptRows(torch.tensor([-1, 2]), 2)}, "rows: -1 is no row"),
+        ({"rows": KeptRows(torch.tensor([2, 3, 2]), 3)}, "rows: row 2 is named 2 times"),
         ({"return_stats": 1}, "return_stats: 1"),
     ],
 )
