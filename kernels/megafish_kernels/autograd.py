@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from megafish_kernels import torch_backend
 from megafish_kernels.partials import RowLoss, merge, row_loss
 from megafish_kernels.shard import Shard
+from megafish_kernels.tiles import LossTiles, override
 from megafish_kernels.torch_backend import Gradients, Options, Rows, reduction_dtype
 
 
@@ -41,6 +42,8 @@ class Call:
     """0-d: multiplies the sum of the rows' losses. None: one loss a row."""
     grad_enabled: bool
     triton: bool = False
+    tiles: LossTiles | None = None
+    """Of an override around the call, for the backward too: autograd runs that in a thread of its own on a GPU."""
     shard: Shard | None = None
     main_grad: Tensor | None = None
 
@@ -172,9 +175,10 @@ class TwoPass(torch.autograd.Function):
                 from megafish_kernels import triton_loss
 
                 kept = triton_loss.Kept(taken, local.int(), call.count)
-                gradients = triton_loss.gradients(
-                    kept, logits, weight, bias, call.options, lse, factors.contiguous(), ctx.needs, call.main_grad
-                )
+                with override(call.tiles):
+                    gradients = triton_loss.gradients(
+                        kept, logits, weight, bias, call.options, lse, factors.contiguous(), ctx.needs, call.main_grad
+                    )
             else:
                 rows = Rows(taken, local, None, factors)
                 gradients = torch_backend.gradients(rows, weight, bias, call.options, lse, ctx.needs)

@@ -33,7 +33,7 @@ def uses_triton(backend: str, device: torch.device, *, traced: bool = False) -> 
         return device.type != "cpu" and traceable and triton_runtime.runs_on(device)
     if backend == "triton" and not triton_runtime.runs_on(device):
         raise ValueError(
-            f'backend: "triton" cannot run on {device}: it needs the triton package and a CUDA device, or a CPU and '
+            f'backend: "triton" cannot run on {device}: it needs the triton package and an NVIDIA GPU, or a CPU and '
             'TRITON_INTERPRET=1. Take "auto" or "torch"'
         )
     return backend == "triton"
@@ -43,7 +43,10 @@ def takes_triton(backend: str, *tensors: torch.Tensor, supported: bool = True) -
     """`uses_triton` for operators, whose tensors' dtypes and sizes (`supported`) the kernels must know as well."""
     if not uses_triton(backend, tensors[0].device, traced=True):
         return False
-    unfit = [tensor.dtype for tensor in tensors if tensor.dtype not in TRITON_DTYPES]
+    dtypes = [tensor.dtype for tensor in tensors]
+    if backend == "triton" and tensors[0].device.type == "cpu" and torch.bfloat16 in dtypes:
+        raise ValueError('backend: Triton\'s interpreter computes bfloat16 wrongly; take float32, float16 or "torch"')
+    unfit = [dtype for dtype in dtypes if dtype not in TRITON_DTYPES]
     if unfit and backend == "triton":
         raise ValueError(f'backend: "triton" takes float32, bfloat16 and float16, got {unfit[0]}')
     return backend == "triton" or (supported and not unfit)

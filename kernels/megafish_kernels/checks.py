@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from megafish_kernels.goldfish import whole
 from megafish_kernels.rows import KeptRows
 from megafish_kernels.shard import Shard
 
@@ -19,15 +23,46 @@ def check_ids(kept: Tensor, vocab_size: int) -> None:
         torch._assert_async(((kept >= 0) & (kept < vocab_size)).all(), "targets: an id is outside the vocabulary")
 
 
+def check_rows(rows: KeptRows, size: int) -> None:
+    """Kept rows are rows of the batch, each named once: of one named twice a gradient would be lost."""
+    if rows.index.device.type != "cpu":
+        return
+    kept = rows.index[: int(rows.count)]
+    if not kept.numel():
+        return
+    if int(kept.min()) < 0 or int(kept.max()) >= size:
+        wrong = kept[(kept < 0) | (kept >= size)][0]
+        raise ValueError(f"rows: {int(wrong)} is no row of the batch, which has {size}")
+    named = torch.bincount(kept)
+    if int(named.max()) > 1:
+        raise ValueError(f"rows: row {int(named.argmax())} is named {int(named.max())} times")
+
+
+def integer(name: str, value: Any) -> int:
+    """As it is if it is an int (torch.compile's symbols are), else `whole`."""
+    return value if isinstance(value, int) else whole(name, value)
+
+
+def check_kinds(rows: KeptRows | None, **tensors: Tensor | None) -> None:
+    """Refuse what is no tensor where one is expected."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if rows is not None and not isinstance(rows, KeptRows):
+        raise ValueError(f"rows: expected KeptRows, got {type(rows).__name__}")
+
+
 def check_options(
     denominator: float | Tensor | None,
     reduction: str,
     z_loss: float,
     label_smoothing: float,
     softcap: float | None,
+    logit_scale: float,
     logits_bytes: int | None,
     return_stats: bool | str,
 ) -> None:
+    """Refuse numbers out of their range, NaN among them, and words that are not known."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r} is not one of mean, sum, none")
     if denominator is not None and reduction != "mean":
@@ -41,19 +76,23 @@ def check_options(
         )
     if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
         raise ValueError(f"denominator: {denominator} must be above 0")
-    if z_loss < 0:
-        raise ValueError(f"z_loss: {z_loss} must be at least 0")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: {z_loss} must be a number of at least 0")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: {softcap} must be above 0")
-    if logits_bytes is not None and logits_bytes < 1:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: {softcap} must be a number above 0; None for no cap")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale: {logit_scale} must be a number")
+    if logits_bytes is not None and integer("logits_bytes", logits_bytes) < 1:
         raise ValueError(f"logits_bytes: {logits_bytes} must be at least 1")
-    if return_stats not in (False, True, "loss"):
+    # Not `in`: 1 is equal to True, and would be taken for neither of them further on.
+    if not isinstance(return_stats, bool) and return_stats != "loss":
         raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
+    """Refuse shapes, dtypes and devices of the call's own tensors that do not fit each other."""
     for name, tensor in (("weight", weight), ("bias", bias), ("hidden", hidden), ("targets", targets)):
         # For isinstance torch.distributed.tensor would have to be imported, which takes a second or two.
         if tensor is not None and hasattr(tensor, "device_mesh"):
@@ -61,7 +100,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
                 f"{name}: is a DTensor, of which this process holds a part. FSDP gathers a parameter around the "
                 "forward of the module that owns it: call this there, as LinearCrossEntropyHead does"
             )
-    if weight.dim() != 2:
+    if weight.dim() != 2 or (weight.shape[0] > 0 and weight.shape[1] == 0):
         raise ValueError(
             f"weight: expected [V, D], got shape {tuple(weight.shape)} (ZeRO-3 and FSDP gather a parameter around the "
             "forward of the module that owns it: call this there, as LinearCrossEntropyHead does)"
@@ -94,6 +133,7 @@ def check_companions(
     rows: KeptRows | None,
     main_grad: Tensor | None,
 ) -> None:
+    """Refuse optional tensors that do not fit those of the call, or one another."""
     for name, tensor in (("token_weight", token_weight), ("drop", drop)):
         if tensor is not None and tensor.shape != targets.shape:
             raise ValueError(f"{name}: expected shape {tuple(targets.shape)}, got {tuple(tensor.shape)}")
@@ -106,6 +146,11 @@ def check_companions(
             raise ValueError(f"rows: expected an index int32 [N], got {rows.index.dtype} {tuple(rows.index.shape)}")
         if not isinstance(rows.count, Tensor) and rows.count != rows.index.shape[0]:
             raise ValueError(f"rows: the count {rows.count} must be the {rows.index.shape[0]} entries of the index")
+        if isinstance(rows.count, Tensor) and (rows.count.dim() != 0 or rows.count.dtype != torch.int32):
+            raise ValueError(
+                f"rows: expected a count int32 and 0-d, got {rows.count.dtype} {tuple(rows.count.shape)}; compact_rows "
+                "makes it from a mask"
+            )
     if main_grad is not None:
         if main_grad.shape != weight.shape or main_grad.dtype != torch.float32:
             raise ValueError(

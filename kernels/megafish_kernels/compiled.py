@@ -244,23 +244,30 @@ def run(
     )
     if reduction == "mean":
         if denominator is None:
-            total = _weight_of_kept(targets, token_weight, drop, rows, ignore_index).to(loss.dtype)
-            denominator = torch.where(total > 0, total, 1)
+            denominator = _weight_of_kept(targets, token_weight, drop, rows, ignore_index, loss.dtype)
+        if isinstance(denominator, Tensor):
+            # Without a kept token the loss and its gradients are 0, and not 0 / 0.
+            denominator = denominator + ((denominator == 0) & (loss.detach() == 0))
         loss = loss / denominator
     return loss, cross_entropy, lse, entropy if options.stats else None, correct if options.stats else None
 
 
 def _weight_of_kept(
-    targets: Tensor, token_weight: Tensor | None, drop: Tensor | None, rows: KeptRows | None, ignore_index: int
+    targets: Tensor,
+    token_weight: Tensor | None,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    ignore_index: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Sum of the weights of the kept tokens, 0-d."""
+    """Sum of the weights of the kept tokens, 0-d, added up in dtype: a sum in bf16 would not count beyond 256."""
+    weights = torch.ones_like(targets, dtype=dtype) if token_weight is None else token_weight.detach().to(dtype)
     if rows is None:
         keep = targets != ignore_index
         if drop is not None:
             keep = keep & ~drop
-        return keep.sum() if token_weight is None else (token_weight.detach() * keep).sum()
-    weights = torch.ones_like(targets, dtype=torch.float32) if token_weight is None else token_weight.detach()
+        return torch.where(keep, weights, 0).sum()
     taken = weights.reshape(-1).index_select(0, rows.index)
     if isinstance(rows.count, Tensor):
-        taken = taken * (torch.arange(taken.shape[0], device=taken.device) < rows.count)
+        taken = torch.where(torch.arange(taken.shape[0], device=taken.device) < rows.count, taken, 0)
     return taken.sum()

@@ -52,6 +52,8 @@ def _mix(state: int) -> int:
 def goldfish_coefficients(seed: int, h: int) -> tuple[int, ...]:
     """c[0] ... c[h] of goldfish-v1: the first h + 1 outputs of splitmix64 seeded with `seed`, as unsigned integers."""
     seed, h = whole("seed", seed), whole("h", h)  # NumPy's integers would overflow below
+    if not 0 <= seed < 2**64 or h < 0:
+        raise ValueError(f"seed, h: {seed} and {h}; expected 0 <= seed < 2^64 and h >= 0")
     return tuple(_mix((seed + (i + 1) * GOLDEN) & _MASK) for i in range(h + 1))
 
 
@@ -92,7 +94,7 @@ def goldfish_drop(
         h: context tokens that decide, >= 1 (schemes goldfish-v1 and table).
         seed: of the hash, 0 <= seed < 2^64 (schemes goldfish-v1 and random).
         window: "preceding" hashes x[i-1] ... x[i-h], the paper's definition; "inclusive" hashes x[i] ... x[i-h+1] as
-            the published code does. Scheme goldfish-v1 only: table is inclusive by definition.
+            the published code does. Scheme goldfish-v1 only: table is inclusive by definition, the others hash nothing.
         min_context: a token with fewer tokens than this before it in its document is kept. Default h, or h - 1 for
             "inclusive". Scheme goldfish-v1 only.
         scheme: "goldfish-v1"; "table", the published hash table bit for bit (windows of a row, across documents; the
@@ -163,6 +165,8 @@ def checked_options(
     nonce: Any,
 ) -> dict[str, Any]:
     """The arguments of `goldfish_drop`, checked as far as they can be without looking into arrays; as they are used."""
+    if not isinstance(tokens, (np.ndarray, Tensor)):
+        raise ValueError(f"tokens: expected a NumPy array or a tensor, got {type(tokens).__name__}")
     # Checks and arithmetic below are those of Python's integers: nothing else may pass for one.
     if k is not None and not getattr(k, "ndim", 0):
         k = whole("k", k)
@@ -299,6 +303,8 @@ def _check_options(
         raise ValueError(f"min_context: has no meaning for scheme {scheme}; leave it out")
     if canonical is not None and scheme in ("static", "random"):
         raise ValueError(f"canonical: has no meaning for scheme {scheme}, which hashes no tokens; leave it out")
+    if window != "preceding" and scheme in ("static", "random"):
+        raise ValueError(f"window: has no meaning for scheme {scheme}, which hashes no tokens; leave it out")
     if seed != 0 and scheme in ("table", "static"):
         raise ValueError(f"seed: has no meaning for scheme {scheme}; leave it at 0")
     if scheme != "random" and not (isinstance(nonce, int) and nonce == 0):

@@ -11,9 +11,18 @@ from torch import Tensor
 from megafish_kernels import compiled
 from megafish_kernels.autograd import Call
 from megafish_kernels.backends import Backend, takes_triton
-from megafish_kernels.checks import check_companions, check_ids, check_options, check_tensors
+from megafish_kernels.checks import (
+    check_companions,
+    check_ids,
+    check_kinds,
+    check_options,
+    check_rows,
+    check_tensors,
+    integer,
+)
 from megafish_kernels.rows import KeptRows, compact_rows
 from megafish_kernels.shard import Shard, own_columns
+from megafish_kernels.tiles import overriding
 from megafish_kernels.torch_backend import Options, reduction_dtype
 
 
@@ -113,14 +122,25 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or options do not fit each other, or a target is out of range. Values are
             looked at on the CPU alone; on CUDA a target out of range stops the device with an assertion.
     """
-    check_options(denominator, reduction, z_loss, label_smoothing, softcap, logits_bytes, return_stats)
+    check_kinds(
+        rows,
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        token_weight=token_weight,
+        drop=drop,
+        main_grad=main_grad,
+    )
+    ignore_index = integer("ignore_index", ignore_index)
+    check_options(denominator, reduction, z_loss, label_smoothing, softcap, logit_scale, logits_bytes, return_stats)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
     if vocab_size is None:
         if group is not None:
             raise ValueError("vocab_size: needed with a group, whose ranks hold parts of the vocabulary")
         vocab_size = weight.shape[0] if weight.dim() == 2 else 0
-    shard = None
+    vocab_size, shard = integer("vocab_size", vocab_size), None
     if group is not None:
         if vocab_start < 0:
             raise ValueError(f"vocab_start: {vocab_start} must be at least 0")
@@ -129,8 +149,10 @@ def linear_cross_entropy(
         raise ValueError("vocab_start, sequence_sharded: mean nothing without a group")
     check_tensors(hidden, weight, targets, bias, shard)
     check_companions(weight, targets, token_weight, drop, rows, main_grad)
-    if not 1 <= vocab_size <= (weight.shape[0] if shard is None else 2**24):
-        bound = f"the {weight.shape[0]} rows of weight" if shard is None else "2^24"
+    # 2^24: ids stand among fp32 figures (partials.Fields.best), and offsets within a tile have 32 bits.
+    most = 2**24 if shard is not None else min(weight.shape[0], 2**24)
+    if not 1 <= vocab_size <= most:
+        bound = "2^24" if most == 2**24 else f"the {most} rows of weight"
         raise ValueError(f"vocab_size: {vocab_size} must be at least 1 and at most {bound}")
 
     device = hidden.device
@@ -143,7 +165,7 @@ def linear_cross_entropy(
         raise ValueError(f"weight: dtype {weight.dtype} must be that of hidden, {hidden.dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias: dtype {bias.dtype} must be that of weight, {weight.dtype}")
-    use_triton = _use_triton(backend, hidden)
+    use_triton = takes_triton(backend, hidden)
 
     options = Options(
         vocab_size=vocab_size,
@@ -197,12 +219,6 @@ def linear_cross_entropy(
     return loss, LossStats(lse, entropy, correct, cross_entropy, dropped)
 
 
-def _use_triton(backend: Backend, hidden: Tensor) -> bool:
-    if backend == "triton" and hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        raise ValueError('backend: Triton\'s interpreter computes bfloat16 wrongly; take float32, float16 or "torch"')
-    return takes_triton(backend, hidden)
-
-
 def make_call(
     targets: Tensor,
     token_weight: Tensor | None,
@@ -220,6 +236,8 @@ def make_call(
     dtype = options.dtype
     flat = targets.reshape(-1).long()
     weights = None if token_weight is None else token_weight.detach().reshape(-1).to(dtype)
+    if rows is not None:
+        check_rows(rows, flat.shape[0])
     index, count = _kept_rows(flat, weights, ignore_index, drop, rows, triton)
     kept = flat if index is None else flat.index_select(0, index)
     kept_weights = weights if index is None or weights is None else weights.index_select(0, index)
@@ -249,6 +267,7 @@ def make_call(
         scale=scale,
         grad_enabled=torch.is_grad_enabled(),
         triton=triton,
+        tiles=overriding(),
         shard=shard,
         main_grad=main_grad,
     )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The maximum of no logits at all. Finite, so that differences of two of them are 0 and not NaN.
-LOWEST = -1e38
+# The maximum of no logits at all, and of ids that a bias of -inf bans. Finite, so that differences of two of them are 0
+# and not NaN, and so far from the end of fp32 that a difference times a sum of exponentials is finite too.
+LOWEST = -1e30
 
 
 @dataclass(frozen=True)

@@ -482,6 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     prefixes = tuple(args.kernels or [""])
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs: {args.jobs} must be at least 1")
     names = [name for name in WORKLOADS if name.startswith(prefixes)]
     unknown = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in WORKLOADS)]
     if unknown:

@@ -42,6 +42,8 @@ def compact_rows(keep: Tensor, *, backend: Backend = "auto") -> KeptRows:
     Raises:
         ValueError: `keep` is not bool or has too many rows, or the backend cannot run on its device.
     """
+    if not isinstance(keep, Tensor):
+        raise ValueError(f"keep: expected a tensor, got {type(keep).__name__}")
     if keep.dtype != torch.bool:
         raise ValueError(f"keep: expected bool, got {keep.dtype}")
     _check_count("keep", keep)

@@ -81,7 +81,7 @@ _override: ContextVar[LossTiles | None] = ContextVar("megafish_kernels_tiles", d
 
 def loss_tiles(architecture: int, itemsize: int, rows: int) -> LossTiles:
     """The tiles for an architecture (80, 86, 90, ...), bytes of a number, and kept tokens at most."""
-    given = _override.get()
+    given = overriding()
     if given is not None:
         return given
     known = max((arch for arch, _ in TABLE if arch <= architecture), default=80)
@@ -89,9 +89,17 @@ def loss_tiles(architecture: int, itemsize: int, rows: int) -> LossTiles:
     return TABLE[known, kind]
 
 
+def overriding() -> LossTiles | None:
+    """The tiles of the override that this is called in, None outside any."""
+    return _override.get()
+
+
 @contextmanager
-def override(tiles: LossTiles) -> Iterator[None]:
-    """Within, and in the forward alone of what is called there, all shapes and architectures use these tiles."""
+def override(tiles: LossTiles | None) -> Iterator[None]:
+    """Within, the calls of the loss use these tiles for all shapes and architectures, and so do their backwards,
+    wherever these run (those of a torch.compile graph use them where the forward computes the gradients: see
+    `compiled`). None is the table again.
+    """
     token = _override.set(tiles)
     try:
         yield

@@ -160,6 +160,8 @@ class _RowWork:
         """Write the figures of `partials` [F, n] for rows of logits [n, V] (overwritten); target [n, 1]."""
         fields = self.options.fields
         self.cap(logits, False)
+        # A bias of -inf bans an id: differences of two of these are NaN.
+        logits.clamp_(min=LOWEST)
         inside = (target >= 0) & (target < self.options.columns)
         picked = logits.gather(1, torch.where(inside, target, 0))
         out[fields.target] = torch.where(inside, picked, 0)[:, 0]

@@ -75,7 +75,10 @@ def _logits(
         left += BK
         right += BK
     if BIAS:
-        logits += tl.load(bias + column + columns).to(tl.float32)[None, :]
+        added = tl.load(bias + column + columns).to(tl.float32)
+        # -inf, which bans an id, would make NaN of the differences within a tile where all are banned.
+        lowest = _LOWEST / tl.maximum(scale, 1.0)
+        logits += tl.where(added < lowest, lowest, added)[None, :]
     logits *= scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends: the exponential is 0 or infinite there.
@@ -297,8 +300,12 @@ class Kept(NamedTuple):
 
 
 def precision() -> str:
-    """Of fp32 products, as torch's own are set: "ieee", or "tf32" after set_float32_matmul_precision("high")."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of fp32 products, as torch's own are set: "ieee", or "tf32" after set_float32_matmul_precision("high") or, from
+    torch 2.9 on, `torch.backends.cuda.matmul.fp32_precision = "tf32"`, after which the older getter raises an error."""
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        newer = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
 
 
 def _tiles(kept: Kept) -> LossTiles:

@@ -62,7 +62,8 @@ def runs_on(device: torch.device) -> bool:
     if not installed():
         return False
     if device.type == "cuda":
-        return not interpreted()
+        # AMD GPUs call themselves so too: tiles and kernels are made for NVIDIA's, and compiled for no other.
+        return torch.version.hip is None and not interpreted()
     return (device.type == "cpu" and interpreted()) or (device.type == "meta" and _recording is not None)
 
 

@@ -301,6 +301,12 @@ def test_unknown_names_are_answered_with_the_known(capsys: pytest.CaptureFixture
     assert "rms_norm" in capsys.readouterr().err
 
 
+def test_no_jobs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--jobs", "0"])
+    assert "--jobs: 0 must be at least 1" in capsys.readouterr().err
+
+
 def test_the_package_does_not_import_triton() -> None:
     check = "import sys, megafish_kernels.report, megafish_kernels.cost; print('triton' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}

@@ -86,6 +86,24 @@ def test_no_kept_token_and_no_gradient() -> None:
         assert not compiled(hidden, weight, targets, backend="torch").requires_grad
 
 
+def test_weights_in_bf16_are_counted_in_fp32() -> None:
+    hidden, weight, _, targets = problem()
+    options: dict[str, Any] = {"token_weight": torch.linspace(0.1, 2, N).bfloat16().reshape(2, -1), "backend": "torch"}
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(hidden, weight, targets, **options), linear_cross_entropy(hidden, weight, targets, **options)
+    )
+
+
+def test_a_global_batch_without_kept_tokens_gives_zeros() -> None:
+    hidden, weight, _, targets = problem()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    loss = compiled(hidden, weight, torch.full_like(targets, -100), denominator=torch.tensor(0), backend="torch")
+    assert float(loss.detach()) == 0
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_another_number_of_tokens_does_not_trip_it() -> None:
     hidden, weight, _, targets = problem()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -85,22 +85,25 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return difference and difference / float(exact.double().norm())
 
 
-def row_loss_over_cuts(backend: Backend, problem: Problem, cuts: list[int], **options: float) -> RowLoss:
+def row_loss_over_cuts(
+    backend: Backend, problem: Problem, cuts: list[int], bias: Tensor | None = None, **options: float
+) -> RowLoss:
     """Losses of the kept rows from figures over column ranges, as ranks with shards of the vocabulary have them; the
     rows of padding that make up each rank's shard are huge."""
     hidden, targets = problem.hidden.detach()[problem.keep], problem.ids[problem.keep]
     parts = []
     for first, last in itertools.pairwise(cuts):
         shard = F.pad(problem.weight.detach()[first:last], (0, 0, 0, 17), value=1e4)
+        own = None if bias is None else F.pad(bias[first:last], (0, 17))
         settings = Options(vocab_size=V, columns=last - first, stats=True, **options)  # type: ignore[arg-type]
         if backend == "torch":
-            figures = torch_backend.partials(Rows(hidden, targets - first, None, None), shard, None, settings, first)
+            figures = torch_backend.partials(Rows(hidden, targets - first, None, None), shard, own, settings, first)
             parts.append(figures[None])
         else:
             from megafish_kernels import triton_loss
 
             kept = triton_loss.Kept(hidden, (targets - first).int(), len(hidden))
-            parts.append(triton_loss.partials(kept, shard, None, settings, first, False)[0])
+            parts.append(triton_loss.partials(kept, shard, own, settings, first, False)[0])
     fields = settings.fields
     return row_loss(
         merge(torch.cat(parts), fields),
@@ -229,6 +232,44 @@ def test_bias_reaches_logits_and_target_alike(backend: Backend, device: torch.de
     problem.check(loss, wanted, problem.token_weight, bias=True)
     whole = F.cross_entropy(problem.logits(bias=True), problem.targets)
     problem.check(problem.loss(backend, bias=problem.bias), whole, bias=True)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"z_loss": 0.01, "logit_scale": 7.0}, {"logits_bytes": 1}, {"softcap": 5.0}], ids=str
+)
+def test_a_bias_of_minus_infinity_bans_an_id(backend: Backend, device: torch.device, extra: dict[str, Any]) -> None:
+    """A whole tile of banned ids has a maximum of -inf, and -inf less -inf is NaN."""
+    problem = Problem(device)
+    problem.targets = problem.targets.where((problem.ids < 16) | (problem.ids >= 33), -100)
+    with torch.no_grad():
+        problem.bias[16:33] = float("-inf")
+    loss, stats = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, bias=problem.bias, return_stats=True, backend=backend, **extra
+    )
+    logits = problem.logits(bias=True) * extra.get("logit_scale", 1.0)
+    if "softcap" in extra:
+        logits = torch.tanh(logits / 5.0) * 5.0
+    keep = problem.targets != -100
+    lse = logits.logsumexp(dim=1)[keep]
+    wanted = F.cross_entropy(logits, problem.targets) + extra.get("z_loss", 0.0) * lse.square().mean()
+    problem.check(loss, wanted, bias=True)
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    torch.testing.assert_close(stats.entropy.double()[keep], entropy[keep], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_shard_of_banned_ids_says_nothing(backend: Backend, device: torch.device) -> None:
+    """As above, where a rank's whole part of the vocabulary is banned, and where some of it is."""
+    problem = Problem(device)
+    bias = problem.bias.detach().clone()
+    bias[10:20] = float("-inf")
+    problem.ids = torch.where((problem.ids >= 10) & (problem.ids < 20), 3, problem.ids)
+    row = row_loss_over_cuts(backend, problem, [0, 7, 10, 20, V], bias)
+    logits = (problem.logits().detach() + bias.double())[problem.keep]
+    wanted = F.cross_entropy(logits, problem.ids[problem.keep], reduction="none")
+    torch.testing.assert_close(row.cross_entropy.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
+    assert row.entropy is not None
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(row.entropy.double(), entropy, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("v", [1, 15, 16, 17, 33])

@@ -426,6 +426,7 @@ def test_small_shapes(scheme: Any, shape: tuple[int, ...]) -> None:
         ({"scheme": "table", "min_context": 3}, "min_context: has no meaning"),
         ({"scheme": "table", "seed": 3}, "seed: has no meaning"),
         ({"scheme": "static", "canonical": np.arange(5)}, "canonical: has no meaning"),
+        ({"scheme": "random", "window": "inclusive"}, "window: has no meaning"),
         ({"nonce": 1}, "nonce: has no meaning"),
         ({"scheme": "random", "nonce": np.array([1, 2])}, "nonce: shape"),
         ({"document_starts": np.zeros(3, dtype=bool)}, "document_starts: shape"),
@@ -514,3 +515,11 @@ def test_k_that_does_not_broadcast(shape: tuple[int, ...], as_torch: bool) -> No
     arrays: Any = (torch.from_numpy(tokens), torch.from_numpy(ks)) if as_torch else (tokens, ks)
     with pytest.raises(ValueError, match=r"k: shape .* does not broadcast to that of tokens, \(2, 8\)"):
         goldfish_drop(arrays[0], k=arrays[1], h=3)
+
+
+def test_what_is_no_array_is_named() -> None:
+    with pytest.raises(ValueError, match="tokens: expected a NumPy array or a tensor, got list"):
+        goldfish_drop([1, 2], k=2)  # type: ignore[type-var]
+    for seed, h in ((-1, 3), (2**64, 3), (0, -1)):
+        with pytest.raises(ValueError, match=f"seed, h: {seed} and {h}"):
+            goldfish_coefficients(seed, h)

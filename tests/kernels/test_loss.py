@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megafish_kernels import linear_cross_entropy
+from megafish_kernels import KeptRows, linear_cross_entropy
 from megafish_kernels.reference import reference_linear_cross_entropy
 from megafish_kernels.torch_backend import chunk_rows
 
@@ -450,11 +451,25 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"denominator": torch.ones(2)}, "denominator: expected a 0-d"),
         ({"denominator": torch.ones((), dtype=torch.bfloat16)}, "denominator: torch.bfloat16 rounds"),
         ({"z_loss": -1.0}, "z_loss"),
+        ({"z_loss": float("nan")}, "z_loss: nan"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"softcap": 0.0}, "softcap"),
+        ({"softcap": float("nan")}, "softcap: nan"),
+        ({"logit_scale": float("inf")}, "logit_scale: inf"),
         ({"logits_bytes": 0}, "logits_bytes"),
+        ({"logits_bytes": 1e9}, "logits_bytes: expected an integer"),
         ({"backend": "cuda"}, "backend"),
         ({"return_stats": "all"}, "return_stats"),
+        ({"hidden": [[1.0, 2.0]]}, "hidden: expected a tensor, got list"),
+        ({"drop": np.zeros(4, dtype=bool)}, "drop: expected a tensor, got ndarray"),
+        ({"weight": torch.zeros(5, 0), "hidden": torch.zeros(4, 0)}, "weight: expected"),
+        ({"vocab_size": 5.0}, "vocab_size: expected an integer"),
+        ({"ignore_index": None}, "ignore_index: expected an integer"),
+        ({"rows": (torch.zeros(1, dtype=torch.int32), 1)}, "rows: expected KeptRows, got tuple"),
+        ({"rows": KeptRows(torch.tensor([0, 4]), 2)}, "rows: 4 is no row of the batch, which has 4"),
+        ({"rows": KeptRows(torch.tensor([-1, 2]), 2)}, "rows: -1 is no row"),
+        ({"rows": KeptRows(torch.tensor([2, 3, 2]), 3)}, "rows: row 2 is named 2 times"),
+        ({"return_stats": 1}, "return_stats: 1"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:
@@ -462,6 +477,13 @@ def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:
     given.update(change)
     with pytest.raises(ValueError, match=word):
         linear_cross_entropy(given.pop("hidden"), given.pop("weight"), given.pop("targets"), **given)
+
+
+def test_more_ids_than_fp32_can_count_are_refused() -> None:
+    vocab = 2**24 + 1
+    weight, hidden = torch.empty(vocab, 2, device="meta"), torch.empty(4, 2, device="meta")
+    with pytest.raises(ValueError, match=r"vocab_size: 16777217 must be at least 1 and at most 2\^24"):
+        linear_cross_entropy(hidden, weight, torch.empty(4, dtype=torch.long, device="meta"))
 
 
 def test_float16_gradients_survive_a_large_denominator() -> None:

@@ -212,6 +212,41 @@ def test_dropped_tokens_cost_no_operations(k: int) -> None:
     assert counts[1] == counts[0] * (tokens - tokens // k) / tokens
 
 
+def test_tiles_of_an_override_reach_the_backward(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd runs the backward in a thread of its own, which knows no override; here it comes too late."""
+    from megafish_kernels import triton_loss
+
+    seen: dict[str, set[int]] = {}
+    start = triton_loss.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        seen.setdefault(kernel.fn.__name__, set()).add(options["BN"])
+        start(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(triton_loss, "launch", noted)
+    hidden, weight, targets = problem(triton_device)
+    with override(LossTiles(SMALL, Tile(16, 32, 16, 1, 1), Tile(16, 64, 16, 1, 1))):
+        loss = linear_cross_entropy(hidden, weight, targets, backend="triton", logits_bytes=1)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert seen == {"_forward": {16}, "_gradient": {32}, "_product": {64}}
+
+
+def test_precision_is_that_of_torchs_own_products(triton_device: torch.device) -> None:
+    from megafish_kernels.triton_loss import precision
+
+    assert precision() == "ieee"
+    try:
+        for name, wanted in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(name)
+            assert precision() == wanted
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            assert precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_tiles_of_the_table_are_found_and_overridden() -> None:
     with override(LossTiles(SMALL, SMALL, SMALL)):
         assert loss_tiles(90, 2, 10**4).forward is SMALL
@@ -230,6 +265,14 @@ def test_tiles_of_the_table_are_found_and_overridden() -> None:
     [
         ({"rows": KeptRows(torch.zeros(3, dtype=torch.int32), 2)}, "rows: the count 2"),
         ({"rows": KeptRows(torch.zeros(3), 3)}, "rows: expected an index"),
+        (
+            {"rows": KeptRows(torch.zeros(4, dtype=torch.int32), torch.tensor(3.0))},
+            "rows: expected a count int32 and 0-d, got torch.float32",
+        ),
+        (
+            {"rows": KeptRows(torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))},
+            "rows: expected a count",
+        ),
         (
             {"rows": KeptRows(torch.zeros(3, dtype=torch.int32), 3), "drop": torch.zeros(4, dtype=torch.bool)},
             "rows: say",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megafish_kernels import rms_norm
+from megafish_kernels.backends import uses_triton
 from megafish_kernels.reference import reference_rms_norm
 
 EPS = 1e-3
@@ -207,6 +208,18 @@ def test_triton_without_its_interpreter_is_refused_on_a_cpu(monkeypatch: pytest.
         rms_norm(torch.ones(2, 4), torch.ones(4), EPS, backend="triton")
 
 
+def test_amd_gpus_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls them cuda as well; the tiles and the shared memory that they need are NVIDIA's."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu = torch.device("cuda")
+    assert uses_triton("auto", gpu)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not uses_triton("auto", gpu)
+    with pytest.raises(ValueError, match="needs the triton package and an NVIDIA GPU"):
+        uses_triton("triton", gpu)
+
+
 def test_importing_the_package_does_not_import_triton() -> None:
     check = "import sys, torch; n = 'triton' in sys.modules; import megafish_kernels; print(n, 'triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
@@ -229,9 +242,16 @@ def test_importing_the_package_does_not_import_triton() -> None:
         ((torch.ones(2, 4), torch.ones(4), 1.0), {"residual": torch.ones(2, 4, device="meta")}, "residual: lies on"),
         ((torch.ones(2, 4), torch.ones(4), 1.0), {"backend": "cuda"}, "backend: 'cuda'"),
         ((torch.ones(2, 4).double(), torch.ones(4), 1.0), {"backend": "triton"}, "float64"),
+        (
+            (torch.ones(2, 4).half(), torch.ones(4).bfloat16(), 1.0),
+            {"backend": "triton"},
+            "interpreter computes bfloat16",
+        ),
         ((torch.ones(1, 32769), torch.ones(32769), 1.0), {"backend": "triton"}, "at most 32768"),
     ],
 )
 def test_wrong_input_is_refused(arguments: Any, options: Any, message: str) -> None:
+    if "backend" in options and torch.cuda.is_available():
+        pytest.skip("on a CPU it is for the interpreter to refuse")
     with pytest.raises(ValueError, match=message):
         rms_norm(*arguments, **options)

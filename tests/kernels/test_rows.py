@@ -62,6 +62,8 @@ def test_in_one_graph() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"keep: expected bool, got torch\.int64"):
         compact_rows(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="keep: expected a tensor, got list"):
+        compact_rows([True])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keep: 2147483648 rows"):
         compact_rows(torch.empty(2**31, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="backend: 'cuda' is not one of"):

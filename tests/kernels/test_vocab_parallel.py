@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafish_kernels import linear_cross_entropy
-from megafish_kernels.partials import Fields, merge, row_loss
+from megafish_kernels.partials import LOWEST, Fields, merge, row_loss
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -46,7 +46,7 @@ def test_parts_in_any_order_and_size_make_the_whole(smoothing: float) -> None:
     for begin, end in ((17, 33), (0, 1), (5, 5), (1, 17)):
         z = logits[:, begin:end]
         figures = torch.zeros(fields.count, 7, dtype=torch.float64)
-        figures[fields.maximum] = -1e38
+        figures[fields.maximum] = LOWEST
         if end > begin:
             top = figures[fields.maximum] = z.amax(dim=1)
             weights = (z - top[:, None]).exp()
