@@ -17,7 +17,7 @@ from megafish.cli import main
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import train_tokenizer
 
-COMMANDS = ("tokenizer", "prepare", "train", "generate", "audit", "report", "demo", "schema")
+COMMANDS = ("tokenizer", "prepare", "train", "verify", "generate", "audit", "report", "demo", "schema")
 SMALL = (
     "model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48}",
     "data.sequence_length=32",
@@ -93,6 +93,11 @@ def test_the_path_of_the_readme(call: Call, tmp_path: Path) -> None:
     assert code == 0 and (tmp_path / "runs/a/report.html").is_file(), err
     code, out, err = call("generate", "runs/a", "--prompt", "line 7 says", "--max-new-tokens", 4)
     assert code == 0 and out.startswith("line 7 says"), err
+    code, out, err = call("verify", "runs/a")
+    assert code == 0 and "good" in out and "next: megafish train runs/a\n" in out, err
+    (tmp_path / "runs/a/checkpoints/step_00000002/state.json").unlink()
+    code, out, err = call("verify", "runs/a")
+    assert code == 1 and "damaged" in out and "next: start a new run" in out, err
 
 
 def test_print_config_is_a_configuration(call: Call, tmp_path: Path) -> None:
@@ -121,6 +126,7 @@ def test_schema_is_json(call: Call) -> None:
         (("audit", "nowhere"), ("nowhere", "not a run directory")),
         (("report", "nowhere"), ("nowhere", "not a run directory")),
         (("generate", "nowhere", "--prompt", "x"), ("nowhere", "not a run directory")),
+        (("verify", "nowhere"), ("nowhere", "not a run directory")),
         (("generate", "nowhere"), ("--prompt",)),
         (("tokenizer", "nowhere", "--output", "t.model"), ("nowhere",)),
     ],

@@ -56,7 +56,7 @@ def engine_of(config: Config) -> Engine:
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_what_is_loaded_is_what_was_stored(settings: list[str], tmp_path: Path, stage: int, precision: str) -> None:
     """To the last bit, into every layout, and the weights to compute with are the fp32 ones rounded."""
     own = (f"engine.zero_stage={stage}", f"train.precision={precision}")
@@ -212,9 +212,11 @@ def test_the_best_is_kept(settings: list[str]) -> None:
     assert run.steps() == sorted({best, 4, 6})
 
 
-def test_keeping_the_best_needs_validations(settings: list[str], tmp_path: Path) -> None:
+def test_keeping_the_best_needs_validations(settings: list[str]) -> None:
     with pytest.raises(InputError, match=r"checkpoint.interval=3 must be a multiple of eval.interval=2"):
         configure(settings, "eval.interval=2", "checkpoint={interval: 3, keep_best: true}")
+    with pytest.raises(InputError, match="keep_best needs validation text"):
+        train(configure(settings, "data.valid=[]", "checkpoint.keep_best=true"), console=QUIET)
 
 
 def test_verify(settings: list[str]) -> None:
