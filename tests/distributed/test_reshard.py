@@ -15,10 +15,12 @@ class Layout(NamedTuple):
     processes: int
     stage: int
     precision: str = "fp32"
+    tensor_parallel: int = 1
+    sequence_parallel: int = 1
 
     @property
     def name(self) -> str:
-        return f"p{self.processes}z{self.stage}{self.precision}"
+        return f"p{self.processes}z{self.stage}t{self.tensor_parallel}s{self.sequence_parallel}{self.precision}"
 
 
 class Pair(NamedTuple):
@@ -33,17 +35,21 @@ class Pair(NamedTuple):
         return f"{self.begun.name}_{self.now.name}_b{self.micro_batch_size}"
 
 
-# Every stage is written and read, on fewer, as many and more processes.
+# Every stage is written and read, on fewer, as many and more processes, with and without tensor parallelism.
 PAIRS = [
     *(Pair(Layout(2, stage), Layout(1, 3 - stage)) for stage in range(4)),
     *(Pair(Layout(2, stage), Layout(2, (stage + 1) % 4)) for stage in range(4)),
-    *(Pair(Layout(1, stage), Layout(4, (stage + 2) % 4)) for stage in range(4)),
-    Pair(Layout(2, 3), Layout(4, 3)),
-    Pair(Layout(2, 1), Layout(4, 2), micro_batch_size=1),
+    Pair(Layout(1, 0), Layout(4, 2)),
+    Pair(Layout(1, 3), Layout(4, 1)),
+    Pair(Layout(2, 1), Layout(4, 3), micro_batch_size=1),
     Pair(Layout(2, 3), Layout(1, 1), micro_batch_size=8),
+    Pair(Layout(2, 1, tensor_parallel=2), Layout(1, 2)),
+    Pair(Layout(2, 3, tensor_parallel=2), Layout(2, 0)),
+    Pair(Layout(2, 3, tensor_parallel=2), Layout(4, 1, tensor_parallel=2)),
+    Pair(Layout(2, 2), Layout(4, 3, tensor_parallel=2)),
+    Pair(Layout(2, 0), Layout(2, 2, sequence_parallel=2)),
     Pair(Layout(2, 1, "bf16"), Layout(1, 3, "bf16")),
-    Pair(Layout(2, 3, "bf16"), Layout(4, 2, "bf16")),
-    Pair(Layout(2, 2, "bf16"), Layout(2, 1, "bf16")),
+    Pair(Layout(2, 3, "bf16"), Layout(2, 2, "bf16")),
 ]
 
 
@@ -52,6 +58,8 @@ def job(folder: Path, layout: Layout, begun: Path | None = None, micro_batch_siz
         f"run_dir={folder}",
         f"engine.zero_stage={layout.stage}",
         f"train.precision={layout.precision}",
+        f"engine.tensor_parallel={layout.tensor_parallel}",
+        f"engine.sequence_parallel={layout.sequence_parallel}",
         f"train.micro_batch_size={micro_batch_size}",
     ]
     return [None if begun is None else str(begun), str(folder), own]
