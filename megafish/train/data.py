@@ -56,11 +56,11 @@ class TrainingData:
 
     def check_order(self, order: ReadOrder) -> None:
         """Compute the hash of a checkpoint's last global batch anew; InputError where the order is not that run's."""
-        data_hash = self.loader.data_hash(order.first_sample, order.samples)
-        again = ReadOrder(order.before).plus(data_hash, order.first_sample, order.samples)
-        if again != order:
+        data_hash = self.loader.data_hash(order.ranges)
+        if ReadOrder(order.before).plus(data_hash, order.ranges) != order:
+            samples, first = sum(count for _, count in order.ranges), order.ranges[0][0]
             raise InputError(
-                f"the {order.samples} samples from {order.first_sample} on are not those that the checkpoint's last "
+                f"the {samples} samples from {first} on are not those that the checkpoint's last "
                 f"step read (hash {data_hash}, was {order.data_hash}): its order of samples cannot be continued"
             )
 

@@ -116,7 +116,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             seconds = time.perf_counter() - started
 
             # ---- report
-            order = order.plus(batch.data_hash, batch.first_sample, data.batch_samples)
+            order = order.plus(batch.data_hash, batch.ranges)
             last = budget.used_up(spent)
             if tracker is not None:
                 achieved = _step_flops(config, data, kept) / seconds
