@@ -226,34 +226,41 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
-    from megafish.config import dump_config, load_config, preset_names
-    from megafish.run import RunDir
+    from megafish.train.guard import EXIT_CORRUPT, StopRequest
 
-    overrides = overrides or []
-    if Path(config).is_dir() and (config not in preset_names() or (Path(config) / "config.yaml").is_file()):
-        run = RunDir.existing(config)
-        settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
-    else:
-        settings = load_config(config, overrides)
-    if print_config:
-        print(dump_config(settings, with_help=True), end="")
-        return
+    # Before all that is slow, so that a signal is answered in the same way from the first moment on.
+    with StopRequest() as stop:
+        from megafish.config import dump_config, load_config, preset_names
+        from megafish.run import RunDir
 
-    from megafish.train.loop import Diverged
-    from megafish.train.loop import train as run_train
+        overrides = overrides or []
+        if Path(config).is_dir() and (config not in preset_names() or (Path(config) / "config.yaml").is_file()):
+            run = RunDir.existing(config)
+            settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
+        else:
+            settings = load_config(config, overrides)
+        if print_config:
+            print(dump_config(settings, with_help=True), end="")
+            return
 
-    try:
-        outcome = run_train(settings, resume=resume)
-    except Diverged as error:
-        if os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        from megafish.train.loop import Diverged
+        from megafish.train.loop import train as run_train
+        from megafish.train.replicas import ReplicasDiffer
+
+        try:
+            outcome = run_train(settings, resume=resume, stop=stop)
+        except (Diverged, ReplicasDiffer) as error:
+            if os.environ["RANK"] == "0":
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else 1) from None
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
         if outcome.signal is None:
             print(f"{where}\nnext: megafish audit {outcome.run.path}")
         else:
-            print(f"{where}; stopped by {outcome.signal.name}\nnext: megafish train {outcome.run.path}")
+            # Stopped before it wrote its configuration there is no run yet that could be named.
+            again = f"megafish train {outcome.run.path}" if outcome.run.config_file.is_file() else "the same command"
+            print(f"{where}; stopped by {outcome.signal.name}\nnext: {again}")
     if outcome.signal is not None:
         raise SystemExit(128 + outcome.signal)
 

@@ -397,6 +397,38 @@ class CheckpointConfig(Section):
     """Write while the training goes on; costs the size of a process's optimizer state in host memory."""
 
 
+class GuardConfig(Section):
+    """What is done about bad steps, stalls and corrupted weights."""
+
+    sigma: float | None = Field(default=6.0, gt=0)
+    """Refuse a step whose loss or gradient norm is this many deviations above the last. null: only non-finite ones."""
+    window: int = Field(default=128, ge=2)
+    """Steps that a step is compared with."""
+    min_history: int = Field(default=64, ge=2)
+    """Steps before spikes are looked for, at most `window`."""
+    max_skips: int = Field(default=3, ge=0)
+    """Refused steps among the last `window` that are put up with. One more: back to the last checkpoint."""
+    max_rollbacks: int = Field(default=2, ge=0)
+    """Times to go back without reaching the next checkpoint. Then the run stops."""
+    stall_seconds: float | None = Field(default=600.0, gt=0)
+    """End a run that has not moved on for so long within a step, and name the late process. null: no watchdog."""
+    slow_stall_seconds: float = Field(default=3600.0, gt=0)
+    """The same for start-up, the first step, evaluation and checkpoints."""
+    replica_check_interval: int | None = Field(default=100, ge=1)
+    """Steps between checks, and before every checkpoint, that all processes hold the same weights. null: never."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GuardConfig:
+        if self.min_history > self.window:
+            raise ValueError(f"min_history={self.min_history} is above window={self.window}: the window never fills")
+        if self.stall_seconds is not None and self.stall_seconds > self.slow_stall_seconds:
+            raise ValueError(
+                f"stall_seconds={self.stall_seconds:g} is above slow_stall_seconds={self.slow_stall_seconds:g}: raise "
+                "the latter too"
+            )
+        return self
+
+
 class WandbConfig(Section):
     """Weights & Biases. Needs `pip install megafish[wandb]`."""
 
@@ -465,6 +497,8 @@ class Config(Section):
     """Validation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Bad steps, stalls, corruption."""
     track: TrackConfig = Field(default_factory=TrackConfig)
     """Reporting."""
     audit: AuditConfig = Field(default_factory=AuditConfig)

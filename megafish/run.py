@@ -1,7 +1,7 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
 config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   plots/
-tensorboard/   wandb/   wandb_id   .lock
+quarantine.jsonl   logs/   tensorboard/   wandb/   wandb_id   .lock
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class RunDir:
         self.metrics_file = self.path / "metrics.jsonl"
         self.latest_file = self.path / "latest"
         self.checkpoints = self.path / "checkpoints"
+        self.quarantine_file = self.path / "quarantine.jsonl"
+        self.logs = self.path / "logs"
         self.audit = self.path / "audit"
         self.report_file = self.path / "report.html"
 

@@ -297,6 +297,10 @@ class SampleStream:
         """Where the samples first ... first + count - 1 come from."""
         return self.order.locate(first, count)
 
+    def place(self, numbers: npt.NDArray[np.int64]) -> Locations:
+        """Where the samples with these numbers come from."""
+        return self.order.place(numbers)
+
     def read(self, number: int) -> Sample:
         """Sample `number` of the run."""
         return self.read_at(self.locate(number, 1), 0)

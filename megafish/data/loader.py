@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 
 from megafish.data.corpus import Sample, SampleStream
 from megafish.data.order import Locations
+from megafish.data.quarantine import Quarantine, number_ranges
 from megafish.errors import InputError
 
 IGNORE = -100
@@ -22,6 +23,8 @@ IGNORE = -100
 
 # Samples located at one time.
 _LOCATED = 1024
+# Seconds: between two questions whether to go on waiting for a batch, and for the thread to finish its last one.
+_POLL, _LAST_BATCH = 0.2, 10.0
 
 MaskFn = Callable[[Sequence[Sample]], npt.NDArray[np.bool_]]
 """Samples of one length -> bool [b, S], True where the target is dropped."""
@@ -55,10 +58,20 @@ class StepBatch:
 
     micro_batches: list[Batch]
     """This rank's micro-batches, in order."""
-    first_sample: int
-    """Number of the first sample of the global batch."""
+    ranges: list[list[int]]
+    """Numbers of the samples of the global batch: [first, how many] of each stretch without a gap."""
     data_hash: str
     """16 hex digits that identify the global batch, equal on every rank and for any number of ranks."""
+
+    @property
+    def first_sample(self) -> int:
+        """Number of the first sample of the global batch."""
+        return self.ranges[0][0]
+
+    @property
+    def end(self) -> int:
+        """Number after the last sample of the global batch: the position from which the next step reads."""
+        return sum(self.ranges[-1])
 
     @property
     def kept(self) -> int:
@@ -81,15 +94,14 @@ class ReadOrder:
     """The same one batch earlier."""
     data_hash: str = ""
     """`StepBatch.data_hash` of the last batch."""
-    first_sample: int = 0
-    samples: int = 0
-    """Size of the last batch."""
+    ranges: list[list[int]] = field(default_factory=list)
+    """`StepBatch.ranges` of the last batch."""
 
-    def plus(self, data_hash: str, first_sample: int, samples: int) -> ReadOrder:
+    def plus(self, data_hash: str, ranges: list[list[int]]) -> ReadOrder:
         """With one more batch."""
         text = f"{self.order_hash} {data_hash}"
         rolled = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        return ReadOrder(rolled, self.order_hash, data_hash, first_sample, samples)
+        return ReadOrder(rolled, self.order_hash, data_hash, ranges)
 
 
 class Loader:
@@ -131,25 +143,33 @@ class Loader:
         self.prefetch = prefetch
         self._identity = json.dumps(stream.describe(), sort_keys=True).encode()
 
-    def steps(self, consumed: int = 0) -> Generator[StepBatch, None, None]:
+    def steps(
+        self,
+        consumed: int = 0,
+        *,
+        without: Quarantine | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Generator[StepBatch | None, None, None]:
         """The steps from sample `consumed` on, without end. Close the iterator, or leave the loop, to end its thread.
 
-        An exception of the thread is raised here in its place.
+        Samples in `without` are left out. While the next step is waited for, `give_up` is asked a few times a second:
+        where it says so, None comes in the step's place. An exception of the thread is raised here in its place.
         """
-        return _ahead(self._make_steps(consumed), self.prefetch)
+        return _ahead(self._make_steps(consumed, without or Quarantine()), self.prefetch, give_up)
 
     def step(self, consumed: int) -> StepBatch:
         """The one step that begins at sample `consumed`, made at once."""
         return self._make_step(self.stream.locate(consumed, self.global_batch_size))
 
-    def data_hash(self, first: int, samples: int) -> str:
-        """`StepBatch.data_hash` of the global batch of `samples` samples that begins at sample `first`."""
-        return self._digest(self.stream.locate(first, samples))
+    def data_hash(self, ranges: list[list[int]]) -> str:
+        """`StepBatch.data_hash` of the global batch with these `StepBatch.ranges`."""
+        numbers = [np.arange(first, first + count, dtype=np.int64) for first, count in ranges]
+        return self._digest(self.stream.place(np.concatenate(numbers)))
 
     def _digest(self, locations: Locations) -> str:
         digest = hashlib.blake2b(self._identity, digest_size=8)
-        for field in locations:
-            digest.update(field.astype("<i8", copy=False).tobytes())
+        for column in locations:
+            digest.update(column.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def _make_step(self, locations: Locations) -> StepBatch:
@@ -158,17 +178,17 @@ class Loader:
         for first in range(self.rank * self.micro_batch_size, self.global_batch_size, share):
             rows = range(first, first + self.micro_batch_size)
             batches.append(make_batch([self.stream.read_at(locations, row) for row in rows], self.mask))
-        return StepBatch(batches, int(locations.number[0]), self._digest(locations))
+        return StepBatch(batches, number_ranges(locations.number), self._digest(locations))
 
-    def _make_steps(self, consumed: int) -> Iterator[StepBatch]:
+    def _make_steps(self, position: int, without: Quarantine) -> Iterator[StepBatch]:
         # Finding a few samples costs as much as finding hundreds, so small steps are located many at a time.
         size = self.global_batch_size
         block = max(1, _LOCATED // size) * size
         while True:
-            locations = self.stream.locate(consumed, block)
+            locations = self.stream.place(without.numbers(position, block))
             for first in range(0, block, size):
-                yield self._make_step(Locations(*(field[first : first + size] for field in locations)))
-            consumed += block
+                yield self._make_step(Locations(*(column[first : first + size] for column in locations)))
+            position = int(locations.number[-1]) + 1
 
 
 class EvalLoader:
@@ -252,7 +272,9 @@ def make_batch(
     )
 
 
-def _ahead(source: Iterator[StepBatch], depth: int) -> Generator[StepBatch, None, None]:
+def _ahead(
+    source: Iterator[StepBatch], depth: int, give_up: Callable[[], bool]
+) -> Generator[StepBatch | None, None, None]:
     """Iterate over `source` in a thread of its own that stays up to `depth` items ahead."""
     items: queue.Queue[tuple[StepBatch | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
@@ -276,15 +298,21 @@ def _ahead(source: Iterator[StepBatch], depth: int) -> Generator[StepBatch, None
         except BaseException as error:
             put((None, error))
 
-    thread = threading.Thread(target=work, name="megafish-loader", daemon=False)
+    # A daemon: a read that never returns (a dead file server) must not keep the program alive.
+    thread = threading.Thread(target=work, name="megafish-loader", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = items.get()
+            try:
+                item, error = items.get(timeout=_POLL)
+            except queue.Empty:
+                if give_up():
+                    yield None
+                continue
             if error is not None:
                 raise error
             assert item is not None
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(timeout=_LAST_BATCH)

@@ -93,10 +93,13 @@ class SampleOrder:
 
     def locate(self, first: int, count: int) -> Locations:
         """Places of the samples first ... first + count - 1."""
-        number = np.arange(first, first + count, dtype=np.int64)
+        return self.place(np.arange(first, first + count, dtype=np.int64))
+
+    def place(self, number: Ints) -> Locations:
+        """Places of the samples with these numbers, int64 [n]."""
         slot = number % SLOTS
         source = self._pattern[slot].astype(np.int64)
-        epoch, start = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        epoch, start = np.empty_like(number), np.empty_like(number)
         for which in np.unique(source):
             rows = np.flatnonzero(source == which)
             turns = number[rows] // SLOTS * self.slots[which] + self._turn[slot[rows]]

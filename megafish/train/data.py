@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megafish.config import Config
 from megafish.data.corpus import SampleStream, open_train, open_valid, run_tokenizer
 from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, ReadOrder, StepBatch
+from megafish.data.quarantine import Quarantine
 from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
 from megafish.objective.goldfish import GoldfishMask
@@ -56,11 +57,11 @@ class TrainingData:
 
     def check_order(self, order: ReadOrder) -> None:
         """Compute the hash of a checkpoint's last global batch anew; InputError where the order is not that run's."""
-        data_hash = self.loader.data_hash(order.first_sample, order.samples)
-        again = ReadOrder(order.before).plus(data_hash, order.first_sample, order.samples)
-        if again != order:
+        data_hash = self.loader.data_hash(order.ranges)
+        if ReadOrder(order.before).plus(data_hash, order.ranges) != order:
+            samples, first = sum(count for _, count in order.ranges), order.ranges[0][0]
             raise InputError(
-                f"the {order.samples} samples from {order.first_sample} on are not those that the checkpoint's last "
+                f"the {samples} samples from {first} on are not those that the checkpoint's last "
                 f"step read (hash {data_hash}, was {order.data_hash}): its order of samples cannot be continued"
             )
 
@@ -68,23 +69,27 @@ class TrainingData:
         """Passes over the data once `consumed` samples are read (of several sources, over the most repeated)."""
         return max(self.stream.epochs(consumed))
 
-    def steps(self, consumed: int) -> Generator[StepBatch, None, None]:
-        """This process's batches from sample `consumed` on."""
-        return self.loader.steps(consumed)
+    def steps(
+        self, consumed: int, without: Quarantine, give_up: Callable[[], bool]
+    ) -> Generator[StepBatch | None, None, None]:
+        """This process's batches from sample `consumed` on; see `Loader.steps`."""
+        return self.loader.steps(consumed, without=without, give_up=give_up)
 
-    def count(self, batch: StepBatch, *flags: int) -> tuple[int, ...]:
+    def count(self, batch: StepBatch | None, *flags: int) -> tuple[int, ...]:
         """(kept tokens, dropped tokens, UTF-8 bytes of the kept tokens, then each of `flags`), sums over all processes.
 
         Sums over all sequences of the step, in the one collective that a step needs before its first backward pass: the
-        number of kept tokens follows from the token ids, so the global mean's denominator is known ahead.
+        number of kept tokens follows from the token ids, so the global mean's denominator is known ahead. `batch` is
+        None in a process that has given up waiting for one.
         """
-        target_bytes = sum(
-            int(self.token_bytes[micro.targets[(micro.targets != IGNORE) & ~micro.drop]].sum())
-            for micro in batch.micro_batches
-        )
-        numbers = torch.tensor([batch.kept, batch.dropped, target_bytes, *flags], device=self.processes.device)
-        if not self.processes.mesh.speaks_for_its_sequences:
-            numbers[:3] = 0
+        own = [0, 0, 0]
+        if batch is not None and self.processes.mesh.speaks_for_its_sequences:
+            target_bytes = sum(
+                int(self.token_bytes[micro.targets[(micro.targets != IGNORE) & ~micro.drop]].sum())
+                for micro in batch.micro_batches
+            )
+            own = [batch.kept, batch.dropped, target_bytes]
+        numbers = torch.tensor([*own, *flags], device=self.processes.device)
         dist.all_reduce(numbers)
         return tuple(numbers.tolist())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import math
 import os
 import socket
 import warnings
@@ -137,6 +138,13 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     return result, None
 
 
+def largest(number: int, processes: Processes) -> int:
+    """The largest of the numbers that the processes give. Collective."""
+    found = torch.tensor(number, device=processes.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def _fill_environment() -> None:
     """Give torch.distributed the variables it reads, from Slurm's or for a run of one process."""
     env = os.environ
@@ -195,6 +203,14 @@ class Engine:
             )
         # Without ZeRO and in fp32 DeepSpeed clips but does not report the norm; it is done here instead, once.
         self._clips_here = config.engine.zero_stage == 0 and config.train.precision == "fp32"
+        # Else its step takes the norm from here: an object and the name of its function.
+        self._combine_norms = deepspeed.runtime.utils.combine_grad_norm_groups
+        if hasattr(self.optimizer, "_get_norm_groups"):  # ZeRO 3
+            self._norm_source = self.optimizer, "_get_norm_groups"
+        elif hasattr(self.optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
+            self._norm_source = self.optimizer, "scaled_global_norm"
+        else:  # ZeRO 1 with bf16 weights and fp32 gradients
+            self._norm_source = deepspeed.runtime.bf16_optimizer, "get_global_norm_of_tensors"
         self._buffers = flat_buffers(self.optimizer)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
 
@@ -220,19 +236,48 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.processes.mesh.replicas.size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = math.isfinite) -> tuple[float, bool]:
+        """Clip, update the weights and clear the gradients.
+
+        `accept` is shown the global gradient norm before clipping and must answer the same in every process. Where it
+        refuses, the gradients are cleared and nothing else changes: weights, moments and the optimizer's count of steps
+        stay as they were, bit for bit. Returns the norm and whether the step was taken.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._clips_here:
             limit = self.grad_clip if self.grad_clip is not None else float("inf")
             parameters = list(self.engine.module.parameters())
-            norm = gradient_norm(parameters, self.processes.mesh.tensor)
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            norm_here = gradient_norm(parameters, self.processes.mesh.tensor)
+            accepted = accept(float(norm_here))
+            if accepted:
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm_here)
+            else:
+                self.engine.zero_grad()  # the optimizer passes over parameters without a gradient
             self.engine.step()
-            return float(norm)
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+            return float(norm_here), accepted
+        norm = math.inf  # where DeepSpeed finds the gradients out of range before it comes to their norm
+        place, name = self._norm_source
+        norm_of = getattr(place, name)
+
+        def judged(*args: Any, **kwargs: Any) -> Any:
+            nonlocal norm
+            found = norm_of(*args, **kwargs)
+            # ZeRO 3 gives the norms of its groups of parameters, all others the norm.
+            total = self._combine_norms(found) if isinstance(found, list) else found
+            norm = float(total) if total >= 0 else math.inf  # -1 stands for one that is not finite
+            if accept(norm):
+                return found
+            # DeepSpeed discards a step by itself when its norm is not finite, as with fp16 after an overflow.
+            refused = torch.full_like(total, math.inf)
+            return [refused] if isinstance(found, list) else refused
+
+        setattr(place, name, judged)
+        try:
+            self.engine.step()
+        finally:
+            setattr(place, name, norm_of)
+        return norm, not self.optimizer.overflow
 
     @property
     def optimizer_name(self) -> str:
@@ -281,7 +326,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # 0 means none; said always, because DeepSpeed's default became 1.0.
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "steps_per_print": 10**9,
-        # A step with a gradient that is not finite leaves the weights alone; the loop then stops with the reason.
+        # A step with a gradient that is not finite leaves the weights alone, as one does that the guard refuses.
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ from megafish.train.engine import Engine
 
 
 @torch.no_grad()
-def validate(engine: Engine, data: TrainingData) -> dict[str, Any] | None:
-    """Mean loss [nats/token] and [bits/byte] of the validation sequences; None without any. Collective."""
+def validate(engine: Engine, data: TrainingData, cut_short: Callable[[], bool]) -> dict[str, Any] | None:
+    """Mean loss [nats/token] and [bits/byte] of the validation sequences; None without any. Collective.
+
+    `cut_short` is asked before every batch and must answer the same in every process; None where it says so.
+    """
     if data.valid is None:
         return None
     engine.train(False)
     sums = torch.zeros(3, dtype=torch.float64, device=data.processes.device)  # nats, tokens, bytes
     for batch in data.valid:
+        if cut_short():
+            return None
         arguments = data.to_model(batch)
         losses = engine(**arguments, per_token=True).double()
         targets = data.own_part(batch.targets)
@@ -39,16 +45,19 @@ def validate(engine: Engine, data: TrainingData) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def dropped_loss(engine: Engine, data: TrainingData) -> dict[str, Any] | None:
+def dropped_loss(engine: Engine, data: TrainingData, cut_short: Callable[[], bool]) -> dict[str, Any] | None:
     """Mean loss [nats/token] of dropped and of kept targets on training sequences; None for plain training. Collective.
 
     A model that memorizes shows a falling loss on kept tokens and a loss on dropped ones that stays behind.
+    `cut_short`: as for `validate`.
     """
     if data.seen is None:
         return None
     engine.train(False)
     sums = torch.zeros(4, dtype=torch.float64, device=data.processes.device)
     for batch in data.seen:
+        if cut_short():
+            return None
         arguments = data.to_model(batch)
         losses = engine(**arguments, per_token=True).double()
         dropped = arguments["drop"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from signal import SIGTERM, Signals
+from signal import Signals
 from typing import Any
 
 import torch
@@ -16,19 +17,23 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megafish.config import Config
-from megafish.data.loader import ReadOrder
+from megafish.data.loader import ReadOrder, StepBatch
+from megafish.data.quarantine import Quarantine, append_entry
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir
 from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
-from megafish.train.engine import Engine, Processes, start_processes, together
+from megafish.train.engine import Engine, Processes, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
+from megafish.train.replicas import ReplicasDiffer, differing_replicas
 from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
+from megafish.train.spikes import StepGuard
 from megafish.train.track import Tracker
+from megafish.train.watchdog import WAITING_FOR_DATA, Watchdog
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,31 @@ class Outcome:
     signal: Signals | None  # what stopped it before the budget was used up
 
 
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Outcome:
-    """Train until the budget is used up, or until SIGTERM or Ctrl-C asks to stop.
+def train(
+    config: Config, *, resume: bool = False, console: Console | None = None, stop: StopRequest | None = None
+) -> Outcome:
+    """Train until the budget is used up, or until a signal asks to stop.
 
     With `resume` the run directory is continued from its latest checkpoint (from the start when it has none yet);
-    without it a directory that holds a run already is refused. Called by every process of the group.
+    without it a directory that holds a run already is refused. `stop`: the caller's, where it listens already. Called
+    by every process of the group. Raises Diverged when going back to a checkpoint does not help against bad steps,
+    ReplicasDiffer when processes that should hold the same weights do not.
     """
     console = console or Console()
-    processes = start_processes(config.train.device, config.engine.tensor_parallel, config.engine.sequence_parallel)
-    run = RunDir(config.run_path)
     with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
+        processes = start_processes(config.train.device, config.engine.tensor_parallel, config.engine.sequence_parallel)
+        run = RunDir(config.run_path)
         together(lambda: _claim(run, processes, resume, stack))
+        watchdog = stack.enter_context(_watchdog(config, run, processes))
+        watchdog.mark("opening the data", 0, slow=True)
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         warmup = warmup_fraction(config, budget)
+        if number := _asked_to_stop(stop, processes):
+            return Outcome(run, Spent(), Signals(number))
+
+        watchdog.mark("building the model", 0, slow=True)
         model = Transformer(
             config.model,
             data.tokenizer.vocab_size,
@@ -64,59 +80,96 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
+        if number := _asked_to_stop(stop, processes):
+            return Outcome(run, Spent(), Signals(number))
 
-        spent, order = Spent(), ReadOrder()
-        identity = _identity(config, data, engine)
-        latest, fallback = find_good(run, processes) if resume else (None, None)
-        if latest is not None:
-            spent, order = together(partial(_continue_from, latest, identity, data, run))
-            engine.load(latest)
+        watchdog.mark("loading the checkpoint", 0, slow=True)
+        guard = StepGuard(config.guard)
+        restorer = _Restorer(run, engine, data, guard, _identity(config, data, engine))
+        spent, order, fallback = restorer.restore() if resume else (Spent(), ReadOrder(), None)
+        saved, rollbacks = spent.steps, 0
+        quarantine = _shared_quarantine(run, processes)
 
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if fallback is not None:
                 tracker.note(fallback)
-            tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
+            tracker.note(_opening_line(config, parameters, data, processes, spent))
+            if quarantine:
+                tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
-        stop = stack.enter_context(StopRequest())
         # The peaks in the table are those of bf16.
         peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None
 
-        stopped = False
         saver = stack.enter_context(Saver(run, engine, config.checkpoint))
-        batches = stack.enter_context(closing(data.steps(spent.samples)))
-        while not budget.used_up(spent) and not stopped:
+        valid_loss = None
+
+        def cut_short() -> bool:
+            """Between the batches of an evaluation: whether to leave it. One small collective."""
+            watchdog.mark("evaluation", spent.steps, slow=True)
+            return _asked_to_stop(stop, processes) != 0
+
+        def save(*, wait: bool) -> None:
+            watchdog.mark("saving", spent.steps, slow=True)
+            state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
+            saver.save({**state, "guard": guard.state(), **restorer.identity}, wait=wait)
+
+        stopped = False
+        first = True  # kernels are compiled and memory is allocated in the first step
+        batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
+        stack.callback(lambda: batches.close())
+        while not budget.used_up(spent):
             # ---- one optimizer step
             started = time.perf_counter()
+            watchdog.mark(WAITING_FOR_DATA, spent.steps + 1, slow=first)
             batch = next(batches)
+            watchdog.mark("counting tokens", spent.steps + 1, slow=first)
             flags = stop.received is not None, *saver.flags()
             kept, dropped, target_bytes, stops, saving, failed = data.count(batch, *flags)
             stopped = stops > 0
+            if stopped or batch is None:
+                break
             saver.poll(saving, failed)
-            spent = spent.plus(samples=data.batch_samples, tokens=data.batch_tokens, supervised_tokens=kept)
-            progress = budget.progress(spent)
+            after = spent.plus(samples=batch.end - spent.samples, tokens=data.batch_tokens, supervised_tokens=kept)
+            progress = budget.progress(after)
             learning_rate = config.optimizer.lr * learning_rate_factor(config.schedule, warmup, progress)
 
             engine.train()
             cross_entropy = torch.zeros((), dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
+                watchdog.mark("forward", after.steps, slow=first)
                 output = engine(**data.to_model(micro), denominator=max(kept, 1))
+                watchdog.mark("backward", after.steps, slow=first)
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 cross_entropy += output.ce_sum
-            grad_norm = engine.step(learning_rate)
+            watchdog.mark("update", after.steps, slow=first)
             dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
-            if not math.isfinite(nats + grad_norm):
-                saver.finish()
-                raise Diverged(
-                    f"{run.path}: step {spent.steps}: loss {nats / max(kept, 1)}, gradient norm {grad_norm}: training "
-                    "diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again"
-                )
+            loss = nats / max(kept, 1)
+            grad_norm, taken = engine.step(learning_rate, _one_decision(guard, loss, processes))
+            first = False
+            if not taken:
+                fault = guard.fault(loss, grad_norm) or "refused by another process"
+                for start, count in batch.ranges:
+                    quarantine = quarantine.with_range(start, count)
+                if tracker is not None:
+                    _report_refusal(run, tracker, batch, after.steps, loss, grad_norm, fault)
+                spent = replace(spent, samples=batch.end)
+                if guard.refuse(loss, grad_norm):
+                    watchdog.mark("going back", spent.steps, slow=True)
+                    rollbacks += 1
+                    saver.finish()
+                    spent, order = _go_back(restorer, tracker, rollbacks, fault)
+                    batches.close()
+                    batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
+                continue
+            guard.accept(loss, grad_norm)
+            spent = after
             seconds = time.perf_counter() - started
 
             # ---- report
-            order = order.plus(batch.data_hash, batch.first_sample, data.batch_samples)
+            order = order.plus(batch.data_hash, batch.ranges)
             last = budget.used_up(spent)
             if tracker is not None:
                 achieved = _step_flops(config, data, kept) / seconds
@@ -124,7 +177,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     "kind": "train",
                     "step": spent.steps,
                     "time": time.time(),
-                    "loss": nats / max(kept, 1),
+                    "loss": loss,
                     "bpb": nats / math.log(2) / max(target_bytes, 1),
                     "lr": learning_rate,
                     "grad_norm": grad_norm,
@@ -147,24 +200,119 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
             # ---- validate
             valid_loss = None
-            if not stopped and (last or _due(spent.steps, config.eval.interval)):
-                for result in (validate(engine, data), dropped_loss(engine, data)):
+            if last or _due(spent.steps, config.eval.interval):
+                for result in (validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)):
                     if result is not None and result["kind"] == "valid":
                         valid_loss = result["valid_loss"]
                     if result is not None and tracker is not None:
                         tracker.log({**result, "step": spent.steps})
                         tracker.note(_evaluation_line(result, spent.steps))
 
-            # ---- save
-            if last or stopped or _due(spent.steps, config.checkpoint.interval):
-                state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
-                saver.save({**state, **identity}, wait=last or stopped)
+            # ---- save, what all replicas agree on
+            due = last or _due(spent.steps, config.checkpoint.interval)
+            check_interval = config.guard.replica_check_interval
+            if check_interval is not None and (due or _due(spent.steps, check_interval)):
+                watchdog.mark("comparing the replicas", spent.steps, slow=True)
+                _check_replicas(run, engine, saver, spent.steps)
+            if due:
+                save(wait=last)
+                saved, rollbacks = spent.steps, 0
             if tracker is not None:
                 for record in saver.records():
                     tracker.log(record)
 
-        cut_short = stopped and not budget.used_up(spent)
-        return Outcome(run, spent, signal=(stop.received or SIGTERM) if cut_short else None)
+        if stopped:
+            if spent.steps != saved:
+                save(wait=True)
+            watchdog.mark("saving", spent.steps, slow=True)
+            saver.finish()
+        return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped else None)
+
+
+def _asked_to_stop(stop: StopRequest, processes: Processes) -> int:
+    """The signal that any process got, 0 for none. Collective: all stop together, and with the same exit code."""
+    return largest(stop.received or 0, processes)
+
+
+def _watchdog(config: Config, run: RunDir, processes: Processes) -> Watchdog:
+    return Watchdog(
+        processes.rank,
+        processes.world_size,
+        run.logs,
+        stall_seconds=config.guard.stall_seconds,
+        slow_seconds=config.guard.slow_stall_seconds,
+        hint=f"; checkpoints are untouched: continue with `megafish train {run.path}`",
+    )
+
+
+def _one_decision(guard: StepGuard, loss: float, processes: Processes) -> Callable[[float], bool]:
+    """Takes a gradient norm and says whether to take the step, in the same way in every process. Collective.
+
+    The numbers are the same everywhere unless a device miscalculates. Exchanging the verdict (one number) makes sure
+    that no process takes a step that another refuses, which would make them wait for each other, or drift apart.
+    """
+    return lambda norm: largest(int(guard.fault(loss, norm) is not None), processes) == 0
+
+
+def _report_refusal(
+    run: RunDir, tracker: Tracker, batch: StepBatch, step: int, loss: float, grad_norm: float, fault: str
+) -> None:
+    """Quarantine the samples of a refused step, in the file that every resume reads, and say so. Main process."""
+    numbers = {"loss": loss, "grad_norm": grad_norm}
+    why = {
+        **{key: value if math.isfinite(value) else None for key, value in numbers.items()},  # JSON has no infinity
+        "fault": fault,
+        "data_hash": batch.data_hash,
+    }
+    for first, count in batch.ranges:
+        append_entry(run.quarantine_file, {"step": step, "first_sample": first, "samples": count, **why})
+    samples = sum(count for _, count in batch.ranges)
+    tracker.log({"kind": "skipped", "step": step, "first_sample": batch.first_sample, "samples": samples, **why})
+    tracker.note(
+        f"step {step} refused: {fault}; samples {batch.first_sample} to {batch.end - 1} are left out from now on"
+    )
+
+
+def _go_back(restorer: _Restorer, tracker: Tracker | None, rollbacks: int, fault: str) -> tuple[Spent, ReadOrder]:
+    """Return to the newest checkpoint, the `rollbacks`-th time in a row; Diverged when that has been tried enough."""
+    run = restorer.run
+    advice = (
+        "training diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again. The "
+        f"samples of refused steps stay left out unless you remove {run.quarantine_file}"
+    )
+    if rollbacks > restorer.guard.config.max_rollbacks:
+        tried = f", also after going back to a checkpoint {rollbacks - 1} times" if rollbacks > 1 else ""
+        raise Diverged(f"{run.path}: {fault}: too many steps refused{tried}: {advice}")
+    spent, order, fallback = restorer.restore()
+    if not spent.steps:
+        raise Diverged(f"{run.path}: {fault}: too many steps refused, and no checkpoint to go back to: {advice}")
+    if tracker is not None:
+        tracker.go_back(spent.steps)
+        if fallback is not None:
+            tracker.note(fallback)
+        tracker.note(f"too many steps refused: back to step {spent.steps}, without the samples of those steps")
+    return spent, order
+
+
+def _shared_quarantine(run: RunDir, processes: Processes) -> Quarantine:
+    """The samples to leave out, as the main process reads them. Collective."""
+    found = together(lambda: Quarantine.read(run.quarantine_file).ranges if processes.is_main else None)
+    shared = [found]
+    dist.broadcast_object_list(shared, device=processes.device)
+    return Quarantine(shared[0] or ())
+
+
+def _check_replicas(run: RunDir, engine: Engine, saver: Saver, step: int) -> None:
+    """Raise ReplicasDiffer where processes that should hold the same weights do not. Collective."""
+    difference = differing_replicas(engine.module, engine.processes.mesh.tensor.rank)
+    if difference is not None:
+        saver.finish()  # what is on its way was found good
+        latest = run.latest()
+        advice = "no checkpoint was written yet" if latest is None else f"{latest.name} was written before: resume"
+        raise ReplicasDiffer(
+            f"{run.path}: step {step}: {difference}: the memory or the arithmetic of a device is at fault; leave its "
+            f"node out. {advice}"
+        )
 
 
 def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> None:
@@ -181,13 +329,36 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
         )
 
 
-def _continue_from(folder: Path, identity: dict[str, Any], data: TrainingData, run: RunDir) -> tuple[Spent, ReadOrder]:
-    """How far a checkpoint is, once it is found to be one that this run may continue."""
-    saved = load_state(folder)
-    check_resume(saved, identity, run)
-    order = ReadOrder(**saved["order"])
-    data.check_order(order)
-    return Spent(**saved["spent"]), order
+@dataclass(frozen=True)
+class _Restorer:
+    """Brings a run to the state of its newest good checkpoint: on a resume, and on the way back from bad steps."""
+
+    run: RunDir
+    engine: Engine
+    data: TrainingData
+    guard: StepGuard
+    identity: dict[str, Any]
+    """What a checkpoint must share with the run that continues it."""
+
+    def restore(self) -> tuple[Spent, ReadOrder, str | None]:
+        """How far the checkpoint is, and a line to say where it is not the latest. Collective.
+
+        All zero where there is no checkpoint; nothing is loaded then.
+        """
+        folder, note = find_good(self.run, self.engine.processes)
+        if folder is None:
+            return Spent(), ReadOrder(), None
+        state = together(partial(self._fitting_state, folder))
+        self.engine.load(folder)
+        self.guard.load(state.get("guard"))
+        return Spent(**state["spent"]), ReadOrder(**state["order"]), note
+
+    def _fitting_state(self, folder: Path) -> dict[str, Any]:
+        """state.json, once it is found to be one that this run may continue."""
+        state = load_state(folder)
+        check_resume(state, self.identity, self.run)
+        self.data.check_order(ReadOrder(**state["order"]))
+        return state
 
 
 def _open_tracker(
@@ -223,7 +394,7 @@ def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is not a finite number."""
+    """Too many steps had a loss or a gradient norm that was not finite, or a spike."""
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -248,13 +419,11 @@ def _memory_bytes(processes: Processes) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def _opening_line(
-    config: Config, parameters: int, data: TrainingData, processes: Processes, resumed: bool, spent: Spent
-) -> str:
+def _opening_line(config: Config, parameters: int, data: TrainingData, processes: Processes, spent: Spent) -> str:
     """What is about to run, in one line."""
     goldfish = config.goldfish
     loss = "plain loss" if goldfish.k is None else f"goldfish k={goldfish.k} h={goldfish.h} ({goldfish.scheme})"
-    start = f"continues at step {spent.steps}" if resumed else "starts"
+    start = f"continues at step {spent.steps}" if spent.steps else "starts"
     mesh, spread = processes.mesh, ""
     if mesh.data.size < processes.world_size:
         spread = f" ({mesh.data.size} data x {mesh.sequence.size} sequence x {mesh.tensor.size} tensor)"

@@ -24,7 +24,7 @@ from megafish.run import RunDir, write_atomic
 PLAIN_INTERVAL = 10.0
 
 # Groups of the wandb and TensorBoard pages.
-_GROUPS = {"train": "train", "valid": "valid", "dropped": "goldfish", "checkpoint": "checkpoint"}
+_GROUPS = {"train": "train", "valid": "valid", "dropped": "goldfish", "checkpoint": "checkpoint", "skipped": "guard"}
 
 
 class Tracker:
@@ -36,15 +36,29 @@ class Tracker:
         self.console = console
         self.tensorboard: Any = None
         self.wandb: Any = None
-        _forget_after(run, resume_step)
-        self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115  # closed in __exit__
-        if config.track.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=resume_step + 1)
+        self._open(resume_step)
         if config.track.wandb.enabled:
             self.wandb = _start_wandb(run, config)
         self._bar = _Display(console)
+
+    def _open(self, step: int) -> None:
+        """The files, to be continued after `step`."""
+        _forget_after(self.run, step)
+        self._file = open(self.run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115  # closed in _close
+        if self.config.track.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+
+    def _close(self) -> None:
+        self._file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after `step`: the run does these steps again."""
+        self._close()
+        self._open(step)
 
     def __enter__(self) -> Tracker:
         self._bar.__enter__()
@@ -54,9 +68,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.__exit__(kind, error, trace)
-        self._file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if error is None else 1)
 
