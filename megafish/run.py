@@ -1,7 +1,7 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
 config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   plots/
-tensorboard/   wandb/   wandb_id   .lock
+profile/   tensorboard/   wandb/   wandb_id   .lock
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class RunDir:
         self.latest_file = self.path / "latest"
         self.checkpoints = self.path / "checkpoints"
         self.audit = self.path / "audit"
+        self.profile = self.path / "profile"
         self.report_file = self.path / "report.html"
 
     @classmethod

@@ -23,9 +23,10 @@ from megafish.model.transformer import Transformer
 from megafish.run import RunDir
 from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
-from megafish.train.engine import Engine, Processes, start_processes, together
+from megafish.train.engine import Engine, Processes, building, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
+from megafish.train.profile import Profiler
 from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
 from megafish.train.track import Tracker
@@ -54,14 +55,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         warmup = warmup_fraction(config, budget)
-        model = Transformer(
-            config.model,
-            data.tokenizer.vocab_size,
-            loss=config.loss,
-            seed=config.train.seed,
-            activation_checkpointing=config.train.activation_checkpointing,
-            mesh=processes.mesh,
-        )
+        with building(config, processes):
+            model = Transformer(
+                config.model,
+                data.tokenizer.vocab_size,
+                loss=config.loss,
+                seed=config.train.seed,
+                activation_checkpointing=config.train.activation_checkpointing,
+                mesh=processes.mesh,
+            )
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
 
@@ -72,6 +74,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             spent, order = together(partial(_continue_from, latest, identity, data, run))
             engine.load(latest)
 
+        profile = together(lambda: _open_profiler(run, config, spent, processes))
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if fallback is not None:
@@ -79,6 +82,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
+        stack.enter_context(profile)
         stop = stack.enter_context(StopRequest())
         # The peaks in the table are those of bf16.
         peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None
@@ -89,6 +93,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         while not budget.used_up(spent) and not stopped:
             # ---- one optimizer step
             started = time.perf_counter()
+            profile.begin("data")
             batch = next(batches)
             flags = stop.received is not None, *saver.flags()
             kept, dropped, target_bytes, stops, saving, failed = data.count(batch, *flags)
@@ -101,19 +106,23 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             engine.train()
             cross_entropy = torch.zeros((), dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
+                profile.begin("forward")
                 output = engine(**data.to_model(micro), denominator=max(kept, 1))
+                profile.begin("backward")
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 cross_entropy += output.ce_sum
+            profile.begin("optimizer")
             grad_norm = engine.step(learning_rate)
             dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
+            seconds = time.perf_counter() - started
+            phase_seconds = profile.end_step()
             if not math.isfinite(nats + grad_norm):
                 saver.finish()
                 raise Diverged(
                     f"{run.path}: step {spent.steps}: loss {nats / max(kept, 1)}, gradient norm {grad_norm}: training "
                     "diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again"
                 )
-            seconds = time.perf_counter() - started
 
             # ---- report
             order = order.plus(batch.data_hash, batch.first_sample, data.batch_samples)
@@ -140,6 +149,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     "model_flops_per_s": achieved,
                     "mfu": None if peak is None else achieved / (peak * processes.world_size),
                     "memory_bytes": _memory_bytes(processes),
+                    **phase_seconds,
                 }
                 if last or spent.steps % config.track.log_interval == 0:
                     tracker.log(record)
@@ -163,6 +173,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 for record in saver.records():
                     tracker.log(record)
 
+        for line in profile.report():
+            if tracker is not None:
+                tracker.note(line)
         cut_short = stopped and not budget.used_up(spent)
         return Outcome(run, spent, signal=(stop.received or SIGTERM) if cut_short else None)
 
@@ -212,6 +225,18 @@ def _open_tracker(
     for note in notes:
         tracker.note(note)
     return tracker
+
+
+def _open_profiler(run: RunDir, config: Config, spent: Spent, processes: Processes) -> Profiler:
+    """This process's profiler."""
+    return Profiler(
+        config.profile,
+        run.profile,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        device=processes.device,
+        first_step=spent.steps + 1,
+    )
 
 
 def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
