@@ -165,7 +165,7 @@ def engine_stepper(shape: dict[str, int], weights: Path, precision: str, masked:
     from megafish.config import Config
     from megafish.model.load import load_weights
     from megafish.model.transformer import Transformer
-    from megafish.train.engine import Engine, start_processes
+    from megafish.train.engine import Engine, building, start_processes
     from megafish_kernels import goldfish_drop
 
     config = Config.model_validate(
@@ -182,9 +182,11 @@ def engine_stepper(shape: dict[str, int], weights: Path, precision: str, masked:
             },
         }
     )
-    model = Transformer(config.model, shape["vocab"])
+    processes = start_processes("cpu")
+    with building(config, processes):
+        model = Transformer(config.model, shape["vocab"])
     load_weights(model, weights.parent)
-    engine = Engine(config, model, start_processes("cpu"))
+    engine = Engine(config, model, processes)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         drop = goldfish_drop(tokens, **GOLDFISH).roll(-1, 1) if masked else None

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from megafish.config_deepspeed import complaints
 from megafish.config_errors import allowed, explain, field_help
 from megafish.config_yaml import dump_yaml, overlay, parse_overrides, read_tree
 from megafish.errors import InputError
@@ -239,20 +240,30 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay."""
+    """AdamW with decoupled weight decay, or Muon."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalized momentum for the hidden matrices, AdamW for embedding, head, norms and biases."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """AdamW: decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """AdamW: added to the root of the second moment."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """muon: decay of the momentum (Nesterov's)."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of the matrices; norms and biases are never decayed."""
     decay_embeddings: bool = False
     """Decay the embedding and the output head too."""
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this. null: no clipping."""
+
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> OptimizerConfig:
+        if self.name != "muon" and self.momentum != 0.95:
+            raise ValueError(f"momentum={self.momentum:g} has no meaning for name={self.name}: leave it at 0.95")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -325,16 +336,21 @@ class EngineConfig(Section):
     """Processes that share each layer: every matrix is cut into as many parts (Megatron). Best within a node."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Processes that share each sequence, for long ones: all-to-all around attention (DeepSpeed-Ulysses)."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu: keep the optimizer's state and the fp32 weights in the host's memory and step there (ZeRO 1 to 3)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """cpu: keep the weights in the host's memory until a layer needs them (ZeRO 3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys of DeepSpeed's own configuration, merged over the ones made here."""
 
     @field_validator("deepspeed")
     @classmethod
-    def _not_twice(cls, keys: dict[str, Any]) -> dict[str, Any]:
-        zero = keys.get("zero_optimization")
-        given = {*keys, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])}
-        if twice := [f"{key} (set {ours} instead)" for key, ours in _DEEPSPEED_KEYS.items() if key in given]:
-            raise ValueError(f"may not hold {', '.join(twice)}")
+    def _neither_twice_nor_idle(cls, keys: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        places = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
+        if {"zero_stage", *places.values()} <= info.data.keys():
+            offload = {section: f"engine.{name}={info.data[name]}" for section, name in places.items()}
+            if found := complaints(keys, info.data["zero_stage"], offload):
+                raise ValueError("; ".join(found))
         return keys
 
     @model_validator(mode="after")
@@ -348,27 +364,23 @@ class EngineConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stage_takes_them(self) -> EngineConfig:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer={self.offload_optimizer} needs zero_stage=1, 2 or 3: at 0 DeepSpeed leaves the "
+                "optimizer alone (on one process 1 costs nothing)"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters={self.offload_parameters} needs zero_stage=3: below it every process computes "
+                "with whole weights"
+            )
+        return self
+
 
 # DeepSpeed's keys that form groups of neighbouring ranks, whatever the mesh.
 _GROUPS_OF_NEIGHBOURS = ("zero_hpz_partition_size", "zero_quantized_gradients", "mics_shard_size")
-
-# DeepSpeed's keys that repeat a setting of ours: two places for one number would let them disagree.
-_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optimizer.grad_clip",
-    "optimizer": "the optimizer section",
-    "scheduler": "the schedule section",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "fp16": "train.precision",
-    "data_types": "train.precision; gradients are accumulated in fp32",
-    "communication_data_type": "train.precision; gradients are sent in fp32",
-    "zero_optimization.stage": "engine.zero_stage",
-    "tensor_parallel": "engine.tensor_parallel",
-    "sequence_parallel_size": "engine.sequence_parallel",
-}
 
 
 class EvalConfig(Section):
@@ -457,6 +469,21 @@ class TrackConfig(Section):
     """Weights & Biases."""
 
 
+class ProfileConfig(Section):
+    """Where the time and the memory of a step go. Off unless asked for, and then without a cost."""
+
+    phases: bool = False
+    """Time data, forward, backward, optimizer and communication of every step (metrics.jsonl, a table at the end)."""
+    trace_step: int | None = Field(default=None, ge=1)
+    """First step that torch's profiler records, as a Chrome trace below the run's profile/. null: none."""
+    memory_step: int | None = Field(default=None, ge=1)
+    """First step whose allocations are recorded, for pytorch.org/memory_viz (CUDA). null: none."""
+    steps: int = Field(default=2, ge=1, le=100)
+    """Steps that a trace or a memory record holds."""
+    ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    """Processes that record."""
+
+
 class AuditConfig(Section):
     """Extraction of canaries: can the model be made to recite?"""
 
@@ -486,7 +513,7 @@ class Config(Section):
     loss: LossConfig = Field(default_factory=LossConfig)
     """Terms of the loss."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """AdamW or Muon."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     """Learning rate."""
     train: TrainConfig
@@ -501,6 +528,8 @@ class Config(Section):
     """Bad steps, stalls, corruption."""
     track: TrackConfig = Field(default_factory=TrackConfig)
     """Reporting."""
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    """Profiling."""
     audit: AuditConfig = Field(default_factory=AuditConfig)
     """Memorization audit."""
 
@@ -533,6 +562,15 @@ class Config(Section):
                 f"{own} key/value heads (model.num_kv_heads={kv_heads} / {of_tensor}) can neither be shared out among "
                 f"engine.sequence_parallel={sequence} processes nor repeated for them: one must be a multiple of "
                 "the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Config:
+        if self.optimizer.name == "muon" and self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"optimizer.name=muon with engine.tensor_parallel={self.engine.tensor_parallel}: Muon orthogonalizes "
+                "whole matrices; set engine.tensor_parallel=1 or optimizer.name=adamw"
             )
         return self
 

@@ -1,7 +1,7 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
 config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   plots/
-quarantine.jsonl   logs/   tensorboard/   wandb/   wandb_id   .lock
+quarantine.jsonl   logs/   profile/   tensorboard/   wandb/   wandb_id   .lock
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class RunDir:
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.logs = self.path / "logs"
         self.audit = self.path / "audit"
+        self.profile = self.path / "profile"
         self.report_file = self.path / "report.html"
 
     @classmethod

@@ -92,7 +92,7 @@ def test_overrides_are_yaml_and_reach_every_depth() -> None:
     config = load_config(
         "tiny",
         ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.99]", "goldfish.k=null", "train.tokens=1_000_000", "name=second",
-         "engine.deepspeed.zero_optimization.overlap_comm=true"],
+         "engine.zero_stage=1", "engine.deepspeed.zero_optimization.overlap_comm=true"],
     )  # fmt: skip
     assert config.optimizer.lr == 3e-4
     assert config.optimizer.betas == (0.8, 0.99)
@@ -241,7 +241,7 @@ def test_schema_knows_every_key_and_nothing_is_required() -> None:
         ("track.wandb.modes=offline", ["unknown key track.wandb.modes", "did you mean track.wandb.mode?"]),
         ("lr=1", ["unknown key lr", "did you mean optimizer.lr?"]),
         ("optimiser.lr=1", ["unknown key optimiser", "did you mean optimizer?"]),
-        ("optimizer.momentum=.9", ["unknown key optimizer.momentum", "known there are lr, betas"]),
+        ("optimizer.nesterov=1", ["unknown key optimizer.nesterov", "known there are name, lr, betas"]),
         ("data.train=[{path: c, wait: 2}]", ["unknown key data.train[0].wait", "did you mean data.train[0].weight?"]),
         ("3=4", ["unknown key 3"]),
         ("goldfish.k=1", ["goldfish.k=1:", "a whole number, at least 2, or null", "Drop 1 in k"]),
@@ -265,6 +265,27 @@ def test_schema_knows_every_key_and_nothing_is_required() -> None:
         ("engine.zero_stage=4", ["engine.zero_stage=4:", "0 or 1 or 2 or 3"]),
         ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed: may not hold bf16", "set train.precision instead"]),
         ("engine.deepspeed.zero_optimization.stage=3", ["zero_optimization.stage", "set engine.zero_stage instead"]),
+        ("engine.deepspeed.zero_optimization.compute_grad_norm=false", ["always reported"]),
+        ("engine.deepspeed.zero_optimization.cpu_offload=true", ["set engine.offload_optimizer instead"]),
+        ("engine={zero_stage: 2, deepspeed: {zero_optimization: {zero_hpz_partition_size: 8}}}",
+         ["engine.deepspeed: zero_optimization.zero_hpz_partition_size has no effect at engine.zero_stage=2",
+          "set engine.zero_stage=3"]),
+        ("engine={zero_stage: 1, deepspeed: {zero_optimization: {stage3_prefetch_bucket_size: 8}}}",
+         ["stage3_prefetch_bucket_size has no effect", "set engine.zero_stage=3"]),
+        ("engine={zero_stage: 3, deepspeed: {zero_optimization: {allgather_bucket_size: 8}}}",
+         ["allgather_bucket_size has no effect", "set engine.zero_stage=1 or 2"]),
+        ("engine={zero_stage: 2, offload_optimizer: cpu, deepspeed: "
+         "{zero_optimization: {offload_optimizer: {device: nvme}}}}",
+         ["offload_optimizer.device is given beside engine.offload_optimizer=cpu", "keep one"]),
+        ("engine={zero_stage: 3, deepspeed: {zero_optimization: {offload_param: {pin_memory: false}}}}",
+         ["offload_param has no effect without engine.offload_parameters=cpu"]),
+        ("engine={zero_stage: 0, offload_optimizer: cpu}",
+         ["engine:", "offload_optimizer=cpu needs zero_stage=1, 2 or 3"]),
+        ("engine={zero_stage: 2, offload_parameters: cpu}", ["engine:", "offload_parameters=cpu needs zero_stage=3"]),
+        ("optimizer.momentum=0.9", ["optimizer:", "momentum=0.9 has no meaning for name=adamw"]),
+        ("engine.deepspeed.tensor_parallel.autotp_size=2", ["set engine.tensor_parallel instead"]),
+        ("profile.steps=0", ["profile.steps=0:", "at least 1"]),
+        ("profile.ranks=[]", ["profile.ranks"]),
         ("engine.deepspeed=3", ["engine.deepspeed=3:", "a section"]),
         ("engine.sequence_parallel=0", ["engine.sequence_parallel=0:", "at least 1"]),
         ("engine.tensor_parallel=2", ["model.num_heads=3 is not a multiple of engine.tensor_parallel=2", "= 2"]),
@@ -374,3 +395,8 @@ def test_configuration_cannot_be_changed_afterwards() -> None:
     config = load_config("tiny")
     with pytest.raises(ValueError, match="frozen"):
         config.goldfish.k = 3  # type: ignore[misc]
+
+
+def test_muon_and_tensor_parallelism_are_refused_together() -> None:
+    message = refusal("8b", "optimizer.name=muon", "engine.tensor_parallel=2")
+    assert "engine.tensor_parallel=2: Muon orthogonalizes whole matrices; set engine.tensor_parallel=1" in message

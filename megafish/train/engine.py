@@ -13,8 +13,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +23,15 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megafish.config import Config
 from megafish.errors import InputError
 from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
 from megafish.model.parallel import gradient_norm
 from megafish.model.transformer import Transformer
-from megafish.train.host import keep_freed_memory
+from megafish.train.host import available_memory, keep_freed_memory
+from megafish.train.muon import Muon
 from megafish.train.optim import build_optimizer
 from megafish.train.partition import fill_buffers, flat_buffers, full_shape, owned_pieces, refresh_weights
 from megafish.train.state import Piece, StateReader
@@ -182,22 +184,20 @@ class Engine:
     """A model in DeepSpeed's hands: `backward` for each micro-batch of a step, then `step`."""
 
     def __init__(self, config: Config, model: Transformer, processes: Processes):
+        """`model`: made inside `building`."""
         self.processes = processes
         self.grad_clip = config.optimizer.grad_clip
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        if config.train.precision == "bf16":
-            model = model.bfloat16()
-        model = model.to(processes.device)
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        together(lambda: _check_offload(config, parameters, processes))
+        optimizer = build_optimizer(model, config.optimizer)
         deepspeed = _deepspeed()
-        mesh = processes.mesh
-        mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None
-        # DeepSpeed would go on with the one of an engine made before in this process.
-        deepspeed.utils.groups.mpu = mpu
+        mpu = _mpu(processes)
         with redirect_stdout(io.StringIO()):  # it prints its memory use
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(model, config.optimizer),
-                config=deepspeed_config(config, mesh.replicas.size),
+                optimizer=optimizer,
+                config=_checked_settings(config, processes, mpu, parameters),
                 mpu=mpu,
                 dist_init_required=False,
             )
@@ -212,6 +212,8 @@ class Engine:
         else:  # ZeRO 1 with bf16 weights and fp32 gradients
             self._norm_source = deepspeed.runtime.bf16_optimizer, "get_global_norm_of_tensors"
         self._buffers = flat_buffers(self.optimizer)
+        if isinstance(optimizer, Muon):
+            optimizer.place(self._buffers, self.engine.seq_data_parallel_group, processes.device)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
 
     @property
@@ -309,11 +311,112 @@ class Engine:
         refresh_weights(self.optimizer)
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+@contextmanager
+def building(config: Config, processes: Processes) -> Iterator[None]:
+    """Parameters made inside take their final form as soon as a module gets them: precision, device, and under ZeRO-3
+    this process's share.
+
+    So no process ever holds more of a ZeRO-3 model than its share and one whole parameter. The values are those of a
+    model that is made whole, since each parameter depends on the seed and its name alone.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    partition = _partitioner(config, processes) if config.engine.zero_stage == 3 else None
+
+    def finish(_module: nn.Module, _name: str, parameter: nn.Parameter) -> None:
+        if hasattr(parameter, "ds_id"):
+            return  # tied: registered a second time
+        parameter.data = parameter.data.to(processes.device, dtype)
+        if partition is not None:
+            partition(parameter)
+
+    hook = register_module_parameter_registration_hook(finish)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _partitioner(config: Config, processes: Processes) -> Callable[[nn.Parameter], None]:
+    """Keeps of a parameter what ZeRO-3 gives this process. Collective, also what it returns."""
+    deepspeed, mpu = _deepspeed(), _mpu(processes)
+    with redirect_stdout(io.StringIO()):
+        # Not used as a context: that would also round every tensor made inside, the rotary table's too. The empty
+        # module is for the linear function that ZeRO-3 needs, one that does not keep gathered weights alive; without
+        # a module it would not be put in place.
+        init = deepspeed.zero.Init(
+            module=nn.Module(),
+            data_parallel_group=None if mpu is None else mpu.get_data_parallel_group(),
+            config_dict_or_path=_checked_settings(config, processes, mpu),
+            mpu=mpu,
+        )
+    return lambda parameter: init._convert_to_zero_parameters([parameter])
+
+
+def _mpu(processes: Processes) -> ModelParallelUnit | None:
+    """The mesh as DeepSpeed wants it; None where it makes up its own from all processes."""
+    mpu = ModelParallelUnit(processes.mesh) if processes.mesh.tensor.size > 1 else None
+    # DeepSpeed would go on with the one of an engine made before in this process.
+    _deepspeed().utils.groups.mpu = mpu
+    return mpu
+
+
+def _check_offload(config: Config, parameters: int, processes: Processes) -> None:
+    """Refuse to offload what the node's memory cannot hold. Counted is what is sure to be there, nothing else.
+
+    parameters: of the model, or of this process's tensor-parallel part.
+    """
+    engine, wanted = config.engine, 0
+    if engine.offload_optimizer == "cpu":
+        # fp32 weights and gradients, and the moments: two, of which Muon keeps one for its matrices.
+        wanted += 4 + 4 + (8 if config.optimizer.name == "adamw" else 4)
+    if engine.offload_parameters == "cpu":
+        wanted += 2 if config.train.precision == "bf16" else 4
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    needed = wanted * parameters * on_node // processes.mesh.replicas.size
+    free = available_memory() if wanted else 0
+    if needed > free:
+        raise InputError(
+            f"engine.offload_optimizer={engine.offload_optimizer}, engine.offload_parameters="
+            f"{engine.offload_parameters}: {needed / 1e9:.1f} GB of this node's memory are needed, {free / 1e9:.1f} GB "
+            "are free: use more nodes, a smaller model, or none"
+        )
+
+
+def _checked_settings(
+    config: Config, processes: Processes, mpu: ModelParallelUnit | None, parameters: int | None = None
+) -> dict[str, Any]:
+    """`deepspeed_config`, found good by DeepSpeed itself; InputError names what it refuses in `engine.deepspeed`."""
+    replicas = processes.mesh.replicas.size
+    settings = deepspeed_config(config, replicas, processes.device.type, parameters)
+    zero = settings["zero_optimization"]
+    if processes.device.type == "cpu":
+        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+            if zero.get(key):
+                raise InputError(f"engine.deepspeed.zero_optimization.{key}=true: DeepSpeed's quantizer needs a GPU")
+    share = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(share, int) and (share < 1 or replicas % share):
+        raise InputError(
+            f"engine.deepspeed.zero_optimization.zero_hpz_partition_size={share} does not divide the "
+            f"{replicas} data-parallel processes: take the GPUs of a node"
+        )
+    if config.engine.deepspeed:
+        try:
+            with redirect_stdout(io.StringIO()):
+                _deepspeed().DeepSpeedConfig(settings, mpu)
+        except (ValueError, AssertionError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"engine.deepspeed: refused by DeepSpeed: {reason[:300]}") from None
+    return settings
+
+
+def deepspeed_config(
+    config: Config, world_size: int, device: str = "cpu", parameters: int | None = None
+) -> dict[str, Any]:
     """DeepSpeed's JSON for a run: our own settings, with `engine.deepspeed` merged on top.
 
     world_size: processes with the same weights, data and sequence parallelism together. DeepSpeed takes each for a
-    data-parallel one, and so a part of a sequence for a sample.
+    data-parallel one, and so a part of a sequence for a sample. With the number of parameters the buckets are no larger
+    than the model.
     """
     train = config.train
     bf16 = train.precision == "bf16"
@@ -328,8 +431,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         # A step with a gradient that is not finite leaves the weights alone, as one does that the guard refuses.
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": _zero_settings(config, device, parameters),
+        # Offloaded states are stepped by torch's own fused kernel for CPUs: DeepSpeed's is compiled at run time.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": config.optimizer.name == "muon",
     }
     if stage == 0 and not bf16:
         made["gradient_clipping"] = 0.0
@@ -338,6 +443,19 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         made["data_types"] = {"grad_accum_dtype": "fp32"}
         made["communication_data_type"] = "fp32"
     return _merge(made, config.engine.deepspeed)
+
+
+def _zero_settings(config: Config, device: str, parameters: int | None) -> dict[str, Any]:
+    """The section zero_optimization."""
+    engine = config.engine
+    made: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage and parameters is not None:
+        # Elements. DeepSpeed's default of 5e8 takes 1 to 2 GB of a GPU, for the smallest model too.
+        made["reduce_bucket_size"] = min(parameters, 200_000_000)
+    for name, place in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
+        if place != "none":
+            made[name] = {"device": place, "pin_memory": device == "cuda"}
+    return made
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

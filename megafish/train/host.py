@@ -1,9 +1,11 @@
-"""The memory allocator of the process, for training on a CPU."""
+"""Memory of this machine: how much is free, and how the process's allocator keeps what it freed."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+
+import psutil
 
 # From glibc's malloc.h, and the most that it takes for the first.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -22,3 +24,8 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine can still give without swapping."""
+    return psutil.virtual_memory().available

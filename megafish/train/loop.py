@@ -25,9 +25,10 @@ from megafish.model.transformer import Transformer
 from megafish.run import RunDir
 from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
-from megafish.train.engine import Engine, Processes, largest, start_processes, together
+from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
+from megafish.train.profile import Profiler
 from megafish.train.replicas import ReplicasDiffer, differing_replicas
 from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
@@ -70,14 +71,15 @@ def train(
             return Outcome(run, Spent(), Signals(number))
 
         watchdog.mark("building the model", 0, slow=True)
-        model = Transformer(
-            config.model,
-            data.tokenizer.vocab_size,
-            loss=config.loss,
-            seed=config.train.seed,
-            activation_checkpointing=config.train.activation_checkpointing,
-            mesh=processes.mesh,
-        )
+        with building(config, processes):
+            model = Transformer(
+                config.model,
+                data.tokenizer.vocab_size,
+                loss=config.loss,
+                seed=config.train.seed,
+                activation_checkpointing=config.train.activation_checkpointing,
+                mesh=processes.mesh,
+            )
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
         if number := _asked_to_stop(stop, processes):
@@ -90,6 +92,7 @@ def train(
         saved, rollbacks = spent.steps, 0
         quarantine = _shared_quarantine(run, processes)
 
+        profile = together(lambda: _open_profiler(run, config, spent, processes))
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if fallback is not None:
@@ -99,6 +102,7 @@ def train(
                 tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
+        stack.enter_context(profile)
         # The peaks in the table are those of bf16.
         peak = device_peak_flops(processes.device) if config.train.precision == "bf16" else None
 
@@ -115,6 +119,11 @@ def train(
             state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
             saver.save({**state, "guard": guard.state(), **restorer.identity}, wait=wait)
 
+        def begin(phase: str) -> None:
+            """A part of the next step begins, for who watches it and for who times it."""
+            watchdog.mark(phase, spent.steps + 1, slow=first)
+            profile.begin(phase)
+
         stopped = False
         first = True  # kernels are compiled and memory is allocated in the first step
         batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
@@ -123,6 +132,7 @@ def train(
             # ---- one optimizer step
             started = time.perf_counter()
             watchdog.mark(WAITING_FOR_DATA, spent.steps + 1, slow=first)
+            profile.begin("data")
             batch = next(batches)
             watchdog.mark("counting tokens", spent.steps + 1, slow=first)
             flags = stop.received is not None, *saver.flags()
@@ -138,17 +148,19 @@ def train(
             engine.train()
             cross_entropy = torch.zeros((), dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
-                watchdog.mark("forward", after.steps, slow=first)
+                begin("forward")
                 output = engine(**data.to_model(micro), denominator=max(kept, 1))
-                watchdog.mark("backward", after.steps, slow=first)
+                begin("backward")
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 cross_entropy += output.ce_sum
-            watchdog.mark("update", after.steps, slow=first)
+            begin("optimizer")
             dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
             loss = nats / max(kept, 1)
             grad_norm, taken = engine.step(learning_rate, _one_decision(guard, loss, processes))
             first = False
+            seconds = time.perf_counter() - started
+            phase_seconds = profile.end_step()
             if not taken:
                 fault = guard.fault(loss, grad_norm) or "refused by another process"
                 for start, count in batch.ranges:
@@ -166,7 +178,6 @@ def train(
                 continue
             guard.accept(loss, grad_norm)
             spent = after
-            seconds = time.perf_counter() - started
 
             # ---- report
             order = order.plus(batch.data_hash, batch.ranges)
@@ -193,6 +204,7 @@ def train(
                     "model_flops_per_s": achieved,
                     "mfu": None if peak is None else achieved / (peak * processes.world_size),
                     "memory_bytes": _memory_bytes(processes),
+                    **phase_seconds,
                 }
                 if last or spent.steps % config.track.log_interval == 0:
                     tracker.log(record)
@@ -226,6 +238,9 @@ def train(
                 save(wait=True)
             watchdog.mark("saving", spent.steps, slow=True)
             saver.finish()
+        for line in profile.report():
+            if tracker is not None:
+                tracker.note(line)
         return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped else None)
 
 
@@ -383,6 +398,18 @@ def _open_tracker(
     for note in notes:
         tracker.note(note)
     return tracker
+
+
+def _open_profiler(run: RunDir, config: Config, spent: Spent, processes: Processes) -> Profiler:
+    """This process's profiler."""
+    return Profiler(
+        config.profile,
+        run.profile,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        device=processes.device,
+        first_step=spent.steps + 1,
+    )
 
 
 def _step_flops(config: Config, data: TrainingData, kept: int) -> float:

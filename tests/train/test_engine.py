@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megafish.config import load_config
+from megafish.errors import InputError
+from megafish.model.mesh import Axis, Mesh
 from megafish.model.transformer import Transformer
-from megafish.train.engine import deepspeed_config
+from megafish.train.engine import Processes, _check_offload, deepspeed_config
 from megafish.train.optim import build_optimizer
 
 SHAPE = ["model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48, qk_norm: true, qkv_bias: true}"]
@@ -69,3 +71,30 @@ def test_deepspeed_keys_are_merged_section_by_section() -> None:
     made = deepspeed_config(config, 1)
     assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert made["comms_logger"] == {"enabled": True}
+
+
+def test_buckets_fit_the_model_and_may_be_given() -> None:
+    config = load_config("tiny", ["engine.zero_stage=2"])
+    assert deepspeed_config(config, 1, parameters=5_000)["zero_optimization"]["reduce_bucket_size"] == 5_000
+    assert deepspeed_config(config, 1, parameters=7 * 10**9)["zero_optimization"]["reduce_bucket_size"] == 200_000_000
+    own = load_config("tiny", ["engine={zero_stage: 2, deepspeed: {zero_optimization: {reduce_bucket_size: 7}}}"])
+    assert deepspeed_config(own, 1, parameters=5_000)["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+def test_offloading_is_asked_for_with_pinned_memory_on_a_gpu() -> None:
+    config = load_config("tiny", ["engine={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}"])
+    for device in ("cpu", "cuda"):
+        made = deepspeed_config(config, 1, device)["zero_optimization"]
+        assert made["offload_optimizer"] == made["offload_param"] == {"device": "cpu", "pin_memory": device == "cuda"}
+    assert "offload_param" not in deepspeed_config(load_config("tiny"), 1)["zero_optimization"]
+
+
+def test_offloading_more_than_the_node_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("megafish.train.engine.available_memory", lambda: 8 * 10**9)
+    processes = Processes(0, 0, 4, torch.device("cpu"), Mesh(data=Axis(0, 4), replicas=Axis(0, 4)))
+    config = load_config("tiny", ["engine={zero_stage: 2, offload_optimizer: cpu}"])
+    _check_offload(config, 10**9, processes)  # 16 bytes a parameter, half of it on this node
+    with pytest.raises(InputError, match=r"8\.8 GB of this node's memory are needed, 8\.0 GB are free"):
+        _check_offload(config, 11 * 10**8, processes)
+    _check_offload(load_config("tiny"), 10**12, processes)
