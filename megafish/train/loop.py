@@ -158,6 +158,8 @@ def train(
             nats = float(cross_entropy)
             loss = nats / max(kept, 1)
             grad_norm, taken = engine.step(learning_rate, _one_decision(guard, loss, processes))
+            if first:
+                saver.allocate()
             first = False
             seconds = time.perf_counter() - started
             phase_seconds = profile.end_step()

@@ -44,6 +44,7 @@ class Saver:
         self.config = config
         self._job: _Job | None = None
         self._host: dict[str, torch.Tensor] = {}
+        self._allocation: threading.Thread | None = None
         self._cancel = threading.Event()
         self._records: list[dict[str, Any]] = []
 
@@ -57,6 +58,27 @@ class Saver:
         self._cancel.set()
         if self._job is not None:
             self._job.join()
+        if self._allocation is not None:
+            self._allocation.join()
+
+    def allocate(self) -> None:
+        """Get the host memory for the copies, beside the training: the first save need not wait for it.
+
+        To be called once the optimizer has its state. What is not there at the first save is made by it.
+        """
+        if not self.config.asynchronous or self._allocation is not None:
+            return
+        pieces = self.engine.pieces()
+
+        def fill() -> None:
+            for piece in pieces:
+                for state, tensor in piece.states.items():
+                    if self._cancel.is_set():
+                        return
+                    self._host_copy(piece, state, tensor).zero_()  # touched: else the pages come at the first write
+
+        self._allocation = threading.Thread(target=fill, name="megafish-saver-memory", daemon=True)
+        self._allocation.start()
 
     def save(self, state: dict[str, Any], *, wait: bool) -> None:
         """Begin to write the checkpoint of `state["step"]`; `wait`: and return once it is the latest. Collective.
@@ -117,22 +139,25 @@ class Saver:
 
     def _copy(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces in host memory, kept from one checkpoint to the next: fresh memory costs more than the copy."""
-        cuda = self.engine.processes.device.type == "cuda"
+        if self._allocation is not None:
+            self._allocation.join()
         copied = []
         for piece in pieces:
             states = {}
             for state, tensor in piece.states.items():
-                key = f"{state}/{piece.parameter}"
-                host = self._host.get(key)
-                if host is None:
-                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
-                    self._host[key] = host
-                host.copy_(tensor, non_blocking=True)
-                states[state] = host
+                states[state] = self._host_copy(piece, state, tensor).copy_(tensor, non_blocking=True)
             copied.append(replace(piece, states=states))
-        if cuda:
+        if self.engine.processes.device.type == "cuda":
             torch.cuda.synchronize()
         return copied
+
+    def _host_copy(self, piece: Piece, state: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Host memory for a tensor of a piece; what is in it is undefined."""
+        key = f"{state}/{piece.parameter}"
+        if key not in self._host:
+            pinned = self.engine.processes.device.type == "cuda"
+            self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return self._host[key]
 
 
 class _Job:
