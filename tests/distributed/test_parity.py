@@ -11,13 +11,12 @@ from megafish.model.load import load_run
 from tests.helpers import Launch, finish, read_metrics
 
 STEPS = 50
-STAGES = (0, 1, 2, 3)
 
-# Layouts (curves.py) by number of processes: data parallelism alone, then tensor and sequence parallelism with it.
+# Layouts (curves.py) by number of processes. Each stage meets each axis, with accumulation and without.
 LAYOUTS = {
-    1: ["0-1-1", "1-1-1", "2-1-1", "3-1-1"],
-    2: [f"{stage}-{mesh}" for mesh in ("1-1", "2-1", "1-2") for stage in STAGES],
-    4: [f"{stage}-{mesh}" for mesh in ("1-1", "2-1", "1-2") for stage in STAGES] + ["1-2-2", "3-2-2"],
+    1: ["0-1-1-2", "1-1-1-4", "2-1-1-8", "3-1-1-2"],
+    2: ["0-1-1-2", "1-1-1-2", "2-1-1-4", "3-1-1-2", "0-2-1-8", "3-2-1-4", "1-1-2-4", "2-1-2-8"],
+    4: ["0-1-1-2", "1-1-1-2", "2-1-1-2", "3-1-1-1", "1-2-1-2", "0-1-2-4", "2-2-2-4", "3-2-2-8"],
 }
 
 
@@ -31,14 +30,14 @@ def test_loss_curves_agree(launch: Launch, settings: list[str], tmp_path: Path) 
         for layout in layouts:
             runs[processes, layout] = folder / layout
             curves[processes, layout] = read_metrics(folder / layout)
-    reference = curves[1, "0-1-1"]
+    reference = curves[1, "0-1-1-2"]
     assert len(reference["train"]) == STEPS
     assert reference["train"][-1]["loss"] < 0.9 * reference["train"][0]["loss"], "the model does not learn"
     for key, curve in curves.items():
         compare(key, curve, reference)
     # Tensor-parallel checkpoints hold whole weights: any process loads them.
-    whole = load_run(runs[1, "0-1-1"]).model.state_dict()
-    for key in ((2, "0-2-1"), (4, "1-2-2"), (4, "3-2-2")):
+    whole = load_run(runs[1, "0-1-1-2"]).model.state_dict()
+    for key in ((2, "0-2-1-8"), (4, "2-2-2-4"), (4, "3-2-2-8")):
         for name, weight in load_run(runs[key]).model.state_dict().items():
             torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4, msg=f"{key}: {name}")
 
