@@ -20,6 +20,9 @@ from megafish.data.loader import ReadOrder
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
+from megafish.plan.check import check_fits
+from megafish.plan.memory import MemoryPlan
+from megafish.progress import format_quantity
 from megafish.run import RunDir
 from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
@@ -54,6 +57,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         warmup = warmup_fraction(config, budget)
+        ids, world = data.tokenizer.vocab_size, processes.world_size
+        memory = together(lambda: check_fits(config, ids, world, processes.device))
         model = Transformer(
             config.model,
             data.tokenizer.vocab_size,
@@ -76,7 +81,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         if tracker is not None:
             if fallback is not None:
                 tracker.note(fallback)
-            tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent))
+            tracker.note(_opening_line(config, parameters, data, processes, latest is not None, spent, memory))
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
         stop = stack.enter_context(StopRequest())
@@ -249,7 +254,13 @@ def _memory_bytes(processes: Processes) -> int:
 
 
 def _opening_line(
-    config: Config, parameters: int, data: TrainingData, processes: Processes, resumed: bool, spent: Spent
+    config: Config,
+    parameters: int,
+    data: TrainingData,
+    processes: Processes,
+    resumed: bool,
+    spent: Spent,
+    memory: MemoryPlan,
 ) -> str:
     """What is about to run, in one line."""
     goldfish = config.goldfish
@@ -261,7 +272,8 @@ def _opening_line(
     return (
         f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {loss}, "
         f"{data.batch_tokens:,} tokens a step, {processes.world_size} x {processes.device.type}{spread}, "
-        f"ZeRO {config.engine.zero_stage}, {config.train.precision}"
+        f"ZeRO {config.engine.zero_stage}, {config.train.precision}, "
+        f"about {format_quantity(memory.total, 'B')} a process"
     )
 
 
