@@ -130,7 +130,7 @@ def reasons(candidates: list[Candidate]) -> list[str]:
         nearest = min(candidates, key=lambda candidate: candidate.memory.total)
         return [f"nothing fits; the nearest is {_name(nearest)}, which {nearest.fault}"]
     best = fitting[0]
-    said = []
+    said: list[str] = []
     for other in fitting[1:]:
         if other.layout.stage != best.layout.stage and len(said) < 2:
             said.append(_slower(best, other))
