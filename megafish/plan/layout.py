@@ -23,6 +23,19 @@ def degrees(config: Config) -> Degrees:
     return Degrees()
 
 
+class Offload(NamedTuple):
+    """What lies in main memory between its uses."""
+
+    optimizer: bool
+    parameters: bool
+
+
+def offload(config: Config) -> Offload:
+    """What the configuration offloads. The one place that knows where it is set."""
+    zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization", {})
+    return Offload(_to_cpu(zero.get("offload_optimizer")), _to_cpu(zero.get("offload_param")))
+
+
 def searched_tensor_degrees(config: Config, most: int) -> list[int]:
     """The tensor-parallel degrees that a search may try on nodes of `most` GPUs."""
     return [degrees(config).tensor]
@@ -99,7 +112,7 @@ def layout_of(config: Config, world: int, device: Device) -> Layout:
     """The layout that the configuration asks for on `world` processes. Raises InputError where sizes do not divide."""
     tensor, sequence = degrees(config)
     zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization", {})
-    stage = config.engine.zero_stage
+    stage, offloaded = config.engine.zero_stage, offload(config)
     layout = Layout(
         world=world,
         micro_batch=config.train.micro_batch_size,
@@ -109,8 +122,8 @@ def layout_of(config: Config, world: int, device: Device) -> Layout:
         tensor=tensor,
         sequence=sequence,
         checkpointing=config.train.activation_checkpointing,
-        offload_optimizer=_to_cpu(zero.get("offload_optimizer")),
-        offload_parameters=_to_cpu(zero.get("offload_param")),
+        offload_optimizer=offloaded.optimizer,
+        offload_parameters=offloaded.parameters,
         device=device,
         overlap=stage == 3,
     )

@@ -17,7 +17,7 @@ from megafish_kernels import cost
 
 
 def test_winner_is_the_fastest_that_fits_and_is_found_at_once() -> None:
-    config, cluster = load_config("7b"), make_cluster("h100", 1024)
+    config, cluster = load_config("7b"), make_cluster("h100", 64)
     started = time.perf_counter()
     found = search(config, 32000, cluster, EFFICIENCY)
     assert time.perf_counter() - started < 1
