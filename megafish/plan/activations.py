@@ -8,7 +8,8 @@ counts are storages: queries, keys and values are one. On CUDA the Triton kernel
 
 of each token in each block, and fp32 figures of rows (norms, log-sum-exp of the attention). On a CPU the rotated
 queries and keys are a copy (A + KV), SwiGLU keeps silu(gate) too (F), and what follows the last attention exists for
-the kept tokens alone.
+the kept tokens alone. Tensor parallelism divides A, KV and F, and the tokens of what is D wide; sequence parallelism
+divides the tokens, and keeps attention's output before and after its exchange.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ def activations_of(config: Config, vocab_size: int, layout: Layout, kept_fractio
     tokens = layout.micro_batch * config.data.sequence_length // layout.sequence
     kept = max(1, round(tokens * kept_fraction))
     model, weight = config.model, layout.itemsize
-    # Only a CPU leaves the dropped tokens out of what follows the last attention.
-    rows = padded_rows(kept, _dtype(layout)) if layout.device == "cpu" else tokens
+    # Only a CPU leaves the dropped tokens out of what follows the last attention, and not with tensor parallelism.
+    compacts = layout.device == "cpu" and layout.tensor == 1
+    rows = padded_rows(kept, _dtype(layout)) if compacts else tokens
     rows = min(rows, tokens)
     block = block_bytes(model, tokens, tokens, layout)
     last = block_bytes(model, tokens, rows, layout)
     width = model.hidden_size
     # The tokens' ids; the final norm's input and figures, and its output, which is the loss's input.
-    ends = tokens * INT64 + rows * (2 * width * weight + FP32)
+    ends = tokens * INT64 + rows / layout.tensor * (2 * width * weight + FP32)
     if layout.checkpointing:
-        blocks = model.num_layers * tokens * width * weight + max(block, last)
+        blocks = model.num_layers * tokens / layout.tensor * width * weight + max(block, last)
     else:
         blocks = (model.num_layers - 1) * block + last
     head = (
@@ -67,17 +69,24 @@ def activations_of(config: Config, vocab_size: int, layout: Layout, kept_fractio
 
 def block_bytes(model: ModelConfig, tokens: int, rows: int, layout: Layout) -> float:
     """Bytes that a block keeps; `rows` of its tokens go on after the attention."""
-    weight, width = layout.itemsize, model.hidden_size
-    heads, kv_heads = model.num_heads // layout.tensor, model.resolved_kv_heads // layout.tensor
+    weight, width = layout.itemsize, float(model.hidden_size)
+    heads = model.num_heads // layout.tensor
+    kv_heads = max(model.resolved_kv_heads // layout.tensor, layout.sequence)
     queries, keys = heads * model.resolved_head_dim, kv_heads * model.resolved_head_dim
     inner = model.intermediate_size // layout.tensor
     cpu = layout.device == "cpu"
+    width /= layout.tensor  # of a share of the tokens, all of it
     before = 2 * width + queries + 2 * keys
-    if cpu or model.qk_norm:
+    if layout.sequence > 1:
+        # What attention keeps came by an exchange; the norms of queries and keys keep what they were given.
+        before += queries + 2 * keys if model.qk_norm else 0
+    elif cpu or model.qk_norm:
         before += queries + keys
     figures = 1.0 + (heads + kv_heads if model.qk_norm else 0)
     if not cpu:
         figures += heads
+    if layout.sequence > 1 and not cpu:
+        before += queries
     after = queries + 2 * width + (4 if cpu else 3) * inner
     index = rows * INT64 if rows < tokens else 0
     return tokens * (before * weight + figures * FP32) + rows * (after * weight + FP32) + index
@@ -87,7 +96,13 @@ def _backward_bytes(model: ModelConfig, tokens: int, layout: Layout) -> float:
     """The feed-forward's backward, the widest: gradients of the residual stream, of the product and of gate and up
     (which CUDA writes over gate and up), and on a CPU a product on the way."""
     weight, width, inner = layout.itemsize, model.hidden_size, model.intermediate_size // layout.tensor
-    numbers = 2 * width + inner + (3 * inner if layout.device == "cpu" else 0)
+    # With tensor parallelism the tokens are gathered, and their gradient is whole until it is scattered.
+    numbers = (
+        2 * width / layout.tensor
+        + (2 * width if layout.tensor > 1 else 0)
+        + inner
+        + (3 * inner if layout.device == "cpu" else 0)
+    )
     return float(tokens * numbers * weight)
 
 
@@ -100,6 +115,8 @@ def _cuda_head(config: Config, vocab_size: int, layout: Layout, tokens: int, kep
     kept_logits, slab = kept_columns(tokens, columns, layout.itemsize, budget)
     rows = layout.itemsize * tokens * width
     logits = layout.itemsize * tokens * (kept_logits + min(slab, columns - kept_logits))
+    if layout.tensor > 1:
+        rows *= 2  # gathered first
     # The compacted rows, their fp32 gradient, the weight's gradient; 64 bytes a token of figures.
     return rows + logits + FP32 * tokens * width + layout.itemsize * columns * width + 64.0 * tokens
 

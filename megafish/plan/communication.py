@@ -41,12 +41,10 @@ class Traffic:
         return self.sent / (share * cluster.bandwidth(self.members, self.stride))
 
 
-def traffic_of(
-    config: Config, parameters: Parameters, layout: Layout, kept_fraction: float, *, fsdp: bool = False
-) -> list[Traffic]:
+def traffic_of(config: Config, parameters: Parameters, layout: Layout, *, fsdp: bool = False) -> list[Traffic]:
     """Everything that a process sends in one step. `fsdp`: as torch's FSDP does it, which gathers all weights again
     for the backward pass and hides its traffic; for published runs."""
-    found = _zero(parameters, layout, fsdp) + _tensor(config, layout, kept_fraction) + _sequence(config, layout)
+    found = _zero(parameters, layout, fsdp) + _tensor(config, layout) + _sequence(config, layout)
     return [traffic for traffic in found if traffic.sent > 0]
 
 
@@ -77,17 +75,22 @@ def _zero(parameters: Parameters, layout: Layout, fsdp: bool) -> list[Traffic]:
     ]
 
 
-def _tensor(config: Config, layout: Layout, kept_fraction: float) -> list[Traffic]:
-    """Megatron's: an all-reduce after attention and feed-forward, forward and backward; the embedding's, the loss's."""
+def _tensor(config: Config, layout: Layout) -> list[Traffic]:
+    """Tokens are gathered before and scattered after attention and feed-forward (arXiv 2205.05198): as much as an
+    all-reduce for each of them, forward and backward. They are gathered once more in the backward pass; that, and the
+    scattering of what follows from it, goes on beside its products. Embedding and loss take as much as an all-reduce
+    each, the loss's second half in fp32."""
     degree = layout.tensor
     if degree == 1:
         return []
     tokens = layout.micro_batch * config.data.sequence_length // layout.sequence
-    rows = tokens * config.model.hidden_size * 2 * (degree - 1) / degree
-    passes = 6 if layout.checkpointing else 4
-    blocks = config.model.num_layers * passes * rows * layout.itemsize
-    ends = rows * layout.itemsize + 4 * kept_fraction * rows
-    return [Traffic("tensor parallel, all-reduce", layout.micro_batches * (blocks + ends), degree, 1, False)]
+    ring = tokens * config.model.hidden_size * (degree - 1) / degree * layout.micro_batches
+    blocks = config.model.num_layers * ring * layout.itemsize
+    waited = (10 if layout.checkpointing else 6) * blocks + 3 * ring * layout.itemsize + 4 * ring
+    return [
+        Traffic("tensor parallel, waited for", waited, degree, 1, False),
+        Traffic("tensor parallel, beside products", 4 * blocks, degree, 1, True),
+    ]
 
 
 def _sequence(config: Config, layout: Layout) -> list[Traffic]:
@@ -96,7 +99,8 @@ def _sequence(config: Config, layout: Layout) -> list[Traffic]:
     if degree == 1:
         return []
     tokens = layout.micro_batch * config.data.sequence_length // degree
-    heads = 2 * (model.num_heads + model.resolved_kv_heads) // layout.tensor
+    kv_heads = max(model.resolved_kv_heads // layout.tensor, degree)
+    heads = 2 * (model.num_heads // layout.tensor + kv_heads)
     rows = tokens * heads * model.resolved_head_dim * (degree - 1) / degree
     passes = 3 if layout.checkpointing else 2
     sent = layout.micro_batches * model.num_layers * passes * rows * layout.itemsize

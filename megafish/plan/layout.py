@@ -19,8 +19,8 @@ class Degrees(NamedTuple):
 
 
 def degrees(config: Config) -> Degrees:
-    """The configuration's tensor- and sequence-parallel degrees. The one place that knows where they are set."""
-    return Degrees()
+    """The configuration's tensor- and sequence-parallel degrees."""
+    return Degrees(config.engine.tensor_parallel, config.engine.sequence_parallel)
 
 
 class Offload(NamedTuple):
@@ -37,8 +37,8 @@ def offload(config: Config) -> Offload:
 
 
 def searched_tensor_degrees(config: Config, most: int) -> list[int]:
-    """The tensor-parallel degrees that a search may try on nodes of `most` GPUs."""
-    return [degrees(config).tensor]
+    """The tensor-parallel degrees that a search tries on nodes of `most` GPUs: powers of two, and the one set."""
+    return sorted({degrees(config).tensor, *(2**n for n in range(most.bit_length()))})
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,18 @@ def misfit(config: Config, layout: Layout) -> str | None:
             f"{layout.world} processes are not a multiple of tensor x sequence parallel = {tensor} x {sequence}: "
             "start another number of processes, or lower a degree"
         )
-    for size, name in ((model.num_heads, "num_heads"), (model.resolved_kv_heads, "num_kv_heads")):
-        if size % (tensor * sequence):
-            return (
-                f"model.{name}={size} is not a multiple of tensor x sequence parallel = {tensor} x {sequence}: each "
-                "process needs whole heads"
-            )
-    if model.intermediate_size % tensor:
-        return f"model.intermediate_size={model.intermediate_size} is not a multiple of tensor parallel = {tensor}"
-    if config.data.sequence_length % sequence:
-        return f"data.sequence_length={config.data.sequence_length} is not a multiple of sequence parallel = {sequence}"
+    for name, size, degree in (
+        ("model.num_heads", model.num_heads, tensor * sequence),
+        ("model.num_kv_heads", model.resolved_kv_heads, tensor),
+        ("model.intermediate_size", model.intermediate_size, tensor),
+        ("model.vocab_size", model.vocab_size or 64, tensor),
+        ("data.sequence_length", config.data.sequence_length, tensor * sequence),
+    ):
+        if size % degree:
+            return f"{name}={size} is not a multiple of {degree} (tensor x sequence parallel = {tensor} x {sequence})"
+    own = model.resolved_kv_heads // tensor
+    if own % sequence and sequence % own:
+        return f"{own} key/value heads can neither be shared out among {sequence} processes nor repeated for them"
     share = layout.micro_batch * layout.replicas
     if config.train.global_batch_size % share:
         below = config.train.global_batch_size // share * share
@@ -165,6 +167,8 @@ def misfit(config: Config, layout: Layout) -> str | None:
             f"{layout.micro_batch} x {layout.replicas} data-parallel processes = {share}: use {near}, or another "
             "micro-batch size"
         )
+    if layout.hpz > 1 and tensor > 1:
+        return "zero_hpz_partition_size does not go together with tensor parallelism"
     if layout.hpz > 1 and layout.shards % layout.hpz:
         return f"zero_hpz_partition_size={layout.hpz} does not divide the {layout.shards} processes that share weights"
     if layout.offload_parameters and layout.stage != 3:

@@ -28,13 +28,13 @@ from megafish.plan.states import Parameters, block_shapes, parameters_of
 class Efficiency:
     """Shares of what data sheets promise."""
 
-    ampere: float = 0.830
+    ampere: float = 0.825
     """Products on A100s, of the bf16 peak."""
-    hopper: float = 0.619
+    hopper: float = 0.617
     """Products on H100s and H200s."""
-    half: float = 741.0
+    half: float = 735.0
     """Dimension at which a product reaches half of that."""
-    scale: float = 0.0144
+    scale: float = 0.0139
     """Longer by this for every doubling of the nodes."""
     memory: float = 0.8
     """HBM bandwidth of element-wise kernels (megafish_kernels.cost has the same)."""
@@ -104,7 +104,7 @@ def step_time(
     optimizer = _optimizer_bytes(parameters, layout) / moved
     if layout.offload_optimizer:
         optimizer = max(optimizer, _offload_seconds(parameters, layout, cluster))
-    traffic = traffic_of(config, parameters, layout, kept, fsdp=fsdp)
+    traffic = traffic_of(config, parameters, layout, fsdp=fsdp)
     exchange = sum(t.seconds(cluster, efficiency.links) for t in traffic if not t.overlaps)
     behind = sum(t.seconds(cluster, efficiency.links) for t in traffic if t.overlaps)
     exchange += max(0.0, behind - efficiency.hidden * (products + attention + elementwise))

@@ -94,7 +94,7 @@ def _meta_model(config: Config, vocab_size: int) -> Transformer:
 
 
 def _batch_lines(config: Config, layout: Layout, warmup: float) -> Iterator[str]:
-    made: dict[str, Any] = deepspeed_config(config, layout.replicas)
+    made: dict[str, Any] = deepspeed_config(config, layout.shards)
     assert made["gradient_accumulation_steps"] == layout.micro_batches, made
     tokens = config.train.global_batch_size * config.data.sequence_length
     yield (

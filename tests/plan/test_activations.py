@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +94,38 @@ def test_with_the_triton_kernels(extra: list[str], monkeypatch: pytest.MonkeyPat
     plan = activations_of(config, VOCABULARY, layout_of(config, 1, "cuda"), kept_fraction=1.0)
     expected = plan.blocks - (plan.block if checkpointing else 0.0)
     assert saved == pytest.approx(expected, rel=0.01)
+
+
+# torch's fake backend answers every collective at once, so one process can run the part of any.
+SPREAD = """
+import sys
+import torch.distributed as dist
+from datetime import timedelta
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megafish.config import load_config
+from megafish.model.mesh import make_mesh
+from megafish.model.transformer import Transformer
+from megafish.plan.activations import activations_of
+from megafish.plan.layout import layout_of
+sys.path.insert(0, sys.argv[1])
+from test_activations import SHAPE, VOCABULARY, batch_of, saved_bytes
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+config = load_config("tiny", [SHAPE, *sys.argv[2:], "data.sequence_length=256", "train.global_batch_size=8",
+    "train.micro_batch_size=4", "goldfish.k=null"])
+degrees = config.engine.tensor_parallel, config.engine.sequence_parallel
+model = Transformer(config.model, VOCABULARY, mesh=make_mesh(0, 4, *degrees, timedelta(minutes=1)))
+batch = batch_of(config, "cpu")
+own = 256 // degrees[1]
+batch = {**batch, "drop": None, **{name: batch[name][:, :own].contiguous() for name in ("tokens", "targets")}}
+print(saved_bytes(model, batch), activations_of(config, VOCABULARY, layout_of(config, 4, "cpu"), 1.0).blocks)
+"""
+
+
+@pytest.mark.parametrize("degrees", [["engine.tensor_parallel=2"], ["engine.sequence_parallel=2"]])
+def test_spread_over_processes(degrees: list[str]) -> None:
+    command = [sys.executable, "-c", SPREAD, str(Path(__file__).parent), *degrees]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    saved, planned = map(float, done.stdout.split())
+    assert saved == pytest.approx(planned, rel=0.03)

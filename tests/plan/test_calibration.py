@@ -40,16 +40,18 @@ def test_traffic_in_closed_form(stage: int, multiples: int) -> None:
     config = load_config("7b")
     parameters = parameters_of(config, 32000)
     layout = Layout(world=64, micro_batch=2, micro_batches=3, stage=stage, bf16=True, reuse_distance=0)
-    sent = sum(traffic.sent for traffic in traffic_of(config, parameters, layout, 1.0))
+    sent = sum(traffic.sent for traffic in traffic_of(config, parameters, layout))
     assert sent == pytest.approx(multiples * parameters.total * 63 / 64)
 
 
 def test_tensor_and_sequence_parallel_traffic_in_closed_form() -> None:
     config = load_config("7b")
     layout = Layout(world=8, micro_batch=2, micro_batches=1, stage=1, bf16=True, tensor=4, sequence=2)
-    found = {t.name: t.sent for t in traffic_of(config, parameters_of(config, 32000, 4), layout, 0.5)}
+    found = {t.name: t.sent for t in traffic_of(config, parameters_of(config, 32000, 4), layout)}
     tokens, width = 4096, 4096
-    assert found["tensor parallel, all-reduce"] == 2 * 3 / 4 * tokens * width * (2 * 4 * 32 + 2 + 0.5 * 4)
+    ring = 3 / 4 * tokens * width
+    assert found["tensor parallel, waited for"] == ring * (32 * 6 * 2 + 3 * 2 + 4)
+    assert found["tensor parallel, beside products"] == ring * 32 * 4 * 2
     heads = (32 + 32) * 2 / 4 * 128
     assert found["sequence parallel, all-to-all"] == 2 * 32 * 2 * tokens * heads / 2
 
