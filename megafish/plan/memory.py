@@ -78,7 +78,7 @@ def plan_memory(
     moments = {
         "forward": _forward(parameters, states, acts, layout),
         "backward": _backward(config, parameters, states, acts, layout),
-        "reduction": _reduction(parameters, states, acts, layout),
+        "reduction": _reduction(config, parameters, states, acts, layout),
         "update": _update(parameters, states, layout),
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -151,7 +151,9 @@ def _backward(
     }
 
 
-def _reduction(parameters: Parameters, states: States, acts: Activations, layout: Layout) -> dict[str, float]:
+def _reduction(
+    config: Config, parameters: Parameters, states: States, acts: Activations, layout: Layout
+) -> dict[str, float]:
     total, bucket = parameters.total, _bucket(parameters, layout)
     sent = min(total, layout.reduce_bucket)
     gradients, copies, left = states.gradients, 0.0, 0.0
@@ -172,6 +174,12 @@ def _reduction(parameters: Parameters, states: States, acts: Activations, layout
             copies = (2 + FP32) * sent
         if layout.stage == 2 and not layout.bf16 and layout.micro_batches > 1:
             gradients *= 2
+    if layout.device == "cpu" and layout.shards > 1:
+        # gloo sums a clone where it scatters, and needs a part of the tensor's size where it does not.
+        copies += FP32 * sent / (1 if layout.stage == 3 else layout.shards)
+    if left and config.model.tie_embeddings:
+        # Autograd holds the head's gradient until the embedding's comes, which is last.
+        gradients += layout.itemsize * max(parameters.kept[-1], parameters.decayed[-1])
     return {
         "gradients": gradients,
         "activations": left * acts.blocks,
