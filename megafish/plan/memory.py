@@ -23,6 +23,8 @@ CUDA_RUNTIME = 0.75 * GIB
 """CUDA context, loaded kernels and cuBLAS's workspace: 0.5 to 1 GiB on the GPUs of the table (an assumption)."""
 NCCL_RUNTIME = 0.75 * GIB
 """NCCL's channels and their buffers where there is more than one process (an assumption)."""
+CPU_LIBRARIES = 170 * 2**20
+"""What DeepSpeed and torch import when the first engine is made and steps (measured: benchmarks/plan_memory.py)."""
 FRAGMENTATION = 0.05
 """Of what is allocated: gaps that torch's allocators cannot use (an assumption on CUDA)."""
 
@@ -82,12 +84,17 @@ def plan_memory(
         "update": _update(parameters, states, layout),
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = dict.fromkeys(PARTS, 0.0) | always | moments[moment]
+    found = moments[moment]
+    if layout.device == "cpu":
+        # The allocator keeps what is freed for allocations of the same kind (train/host.py): each kind's highest counts.
+        found = {name: max(each.get(name, 0.0) for each in moments.values()) for name in PARTS}
+    parts = dict.fromkeys(PARTS, 0.0) | found | always
     parts["fragmentation"] = FRAGMENTATION * sum(parts.values())
     parts["runtime"] = base
     if layout.device == "cuda":
         parts["runtime"] += CUDA_RUNTIME + (NCCL_RUNTIME if layout.world > 1 else 0.0)
-    elif layout.offload_optimizer or layout.offload_parameters:
+    else:
+        parts["runtime"] += CPU_LIBRARIES
         parts["moments"] += states.host  # a CPU's device is main memory
     return MemoryPlan(moment, parts, states)
 

@@ -85,3 +85,15 @@ def test_offload_moves_masters_and_moments() -> None:
     states = states_of(parameters, layout_of(config, 8, "cuda"))
     assert (states.masters, states.moments, states.gradients) == (0, 0, 0)
     assert states.host == pytest.approx(20 * parameters.total / 8, rel=1e-3)
+
+
+def test_peak_of_a_process_is_within_ten_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident memory of two processes that train 34M parameters under ZeRO-1 in fp32, with all that they import."""
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    from plan_memory import MEDIUM, MEDIUM_VOCABULARY, case, run_cases
+
+    run = case(MEDIUM, MEDIUM_VOCABULARY, 1, "fp32", batch=16, micro=4, length=256)
+    results = run_cases(2, [run])
+    assert len(results) == 2
+    for result in results:
+        assert abs(result["total"] - result["peak"]) < 0.1 * result["peak"], result
