@@ -86,7 +86,7 @@ def plan_memory(
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     found = moments[moment]
     if layout.device == "cpu":
-        # The allocator keeps what is freed for allocations of the same kind (train/host.py): each kind's highest counts.
+        # The allocator keeps what is freed for the same kind of allocation (train/host.py): the highest of each counts.
         found = {name: max(each.get(name, 0.0) for each in moments.values()) for name in PARTS}
     parts = dict.fromkeys(PARTS, 0.0) | found | always
     parts["fragmentation"] = FRAGMENTATION * sum(parts.values())
