@@ -224,6 +224,12 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check a run of any size without its memory, and stop (--world N)")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(help="Processes of a dry run; world=N among the settings means the same", min=1)
+    ] = None,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
     from megafish.train.guard import EXIT_CORRUPT, StopRequest
@@ -234,6 +240,10 @@ def train(
         from megafish.run import RunDir
 
         overrides = overrides or []
+        if dry_run:
+            overrides, world = _dry_world(overrides, world)
+        elif world is not None:
+            raise InputError("--world belongs to --dry-run: a run has as many processes as its launcher starts")
         if Path(config).is_dir() and (config not in preset_names() or (Path(config) / "config.yaml").is_file()):
             run = RunDir.existing(config)
             settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
@@ -241,6 +251,13 @@ def train(
             settings = load_config(config, overrides)
         if print_config:
             print(dump_config(settings, with_help=True), end="")
+            return
+        if dry_run:
+            from megafish.train.dry_run import dry_run as run_dry
+
+            report = run_dry(settings, world)
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+                print(f"{report}\nnext: the same command without --dry-run, started by the launcher")
             return
 
         from megafish.train.loop import Diverged
@@ -278,6 +295,63 @@ def verify(run: Annotated[Path, typer.Argument(help="Run directory")]) -> None:
         print(f"next: megafish train {run}" + (" (passes over the damaged ones)" if damaged else ""))
     if damaged:
         raise SystemExit(1)
+
+
+def _dry_world(overrides: list[str], world: int | None) -> tuple[list[str], int | None]:
+    """The settings without world=N, and N: of a dry run it may stand among them."""
+    given = [word.partition("=")[2] for word in overrides if word.startswith("world=")]
+    if not given:
+        return overrides, world
+    if world is not None or len(given) > 1:
+        raise InputError("the processes of a dry run are given twice: leave one of --world and world= away")
+    if not given[0].isdigit() or int(given[0]) < 1:
+        raise InputError(f"world={given[0]}: must be a whole number of processes, at least 1")
+    return [word for word in overrides if not word.startswith("world=")], int(given[0])
+
+
+@app.command(epilog="Examples: megafish plan 7b --gpu h100 --gpus 64 | megafish plan --calibration")
+def plan(
+    config: Annotated[str | None, typer.Argument(help="Preset or YAML file")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100-40gb, a100, l40s, h100-pcie, h100, h200, b200 or mi300x")] = "h100",
+    gpus: Annotated[int, typer.Option(help="GPUs of the run", min=1)] = 8,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of a node (default: 8, or all if fewer)", min=1)
+    ] = None,
+    network_gbps: Annotated[
+        float | None, typer.Option(help="Gigabits a second between nodes, for each GPU (default: the GPU's usual)")
+    ] = None,
+    host_memory_gib: Annotated[
+        float | None, typer.Option(help="Main memory of a node, for offload (default: unknown, no offload)", min=0)
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU and hour, in any currency", min=0)] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Token ids (default: the corpus's tokenizer, or model.vocab_size)", min=2)
+    ] = None,
+    best: Annotated[int, typer.Option(help="Layouts to show", min=1)] = 5,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Show how far predicted throughput is from published runs, and stop")
+    ] = False,
+) -> None:
+    """Say what a run would take on a cluster: memory, time, communication, cost, and the best way to lay it out."""
+    from megafish.plan.report import calibration_report, plan_report
+
+    if calibration:
+        print(calibration_report())
+        return
+    if config is None:
+        raise InputError("name a preset or a YAML file: megafish plan 7b --gpu h100 --gpus 64")
+    from megafish.config import load_config
+    from megafish.plan.hardware import make_cluster
+    from megafish.plan.layout import layout_of
+    from megafish.plan.vocabulary import planned_vocab_size
+
+    settings = load_config(config, overrides or [])
+    cluster = make_cluster(
+        gpu, gpus, gpus_per_node=gpus_per_node, network_gbps=network_gbps, host_memory_gib=host_memory_gib
+    )
+    ids = planned_vocab_size(settings, vocab_size)
+    print(plan_report(settings, ids, layout_of(settings, gpus, "cuda"), cluster, price=price, best=best))
 
 
 @app.command(epilog="Example: megafish generate runs/tiny --prompt 'def main(' --max-new-tokens 100")

@@ -22,7 +22,7 @@ LEVELS = [
     {"data"},
     {"model"},
     {"objective"},
-    {"decode"},
+    {"decode", "plan"},
     {"train"},
     {"audit"},
     {"demo"},

@@ -22,6 +22,9 @@ from megafish.data.quarantine import Quarantine, append_entry
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
+from megafish.plan.check import check_fits
+from megafish.plan.memory import MemoryPlan
+from megafish.progress import format_quantity
 from megafish.run import RunDir
 from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData, open_data
@@ -70,6 +73,7 @@ def train(
         if number := _asked_to_stop(stop, processes):
             return Outcome(run, Spent(), Signals(number))
 
+        memory = together(lambda: check_fits(config, data.tokenizer.vocab_size, processes.world_size, processes.device))
         watchdog.mark("building the model", 0, slow=True)
         with building(config, processes):
             model = Transformer(
@@ -97,7 +101,7 @@ def train(
         if tracker is not None:
             if fallback is not None:
                 tracker.note(fallback)
-            tracker.note(_opening_line(config, parameters, data, processes, spent))
+            tracker.note(_opening_line(config, parameters, data, processes, spent, memory))
             if quarantine:
                 tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
             if data.valid is None:
@@ -448,7 +452,9 @@ def _memory_bytes(processes: Processes) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def _opening_line(config: Config, parameters: int, data: TrainingData, processes: Processes, spent: Spent) -> str:
+def _opening_line(
+    config: Config, parameters: int, data: TrainingData, processes: Processes, spent: Spent, memory: MemoryPlan
+) -> str:
     """What is about to run, in one line."""
     goldfish = config.goldfish
     loss = "plain loss" if goldfish.k is None else f"goldfish k={goldfish.k} h={goldfish.h} ({goldfish.scheme})"
@@ -459,7 +465,8 @@ def _opening_line(config: Config, parameters: int, data: TrainingData, processes
     return (
         f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {loss}, "
         f"{data.batch_tokens:,} tokens a step, {processes.world_size} x {processes.device.type}{spread}, "
-        f"ZeRO {config.engine.zero_stage}, {config.train.precision}"
+        f"ZeRO {config.engine.zero_stage}, {config.train.precision}, "
+        f"about {format_quantity(memory.total, 'B')} a process"
     )
 
 
