@@ -21,7 +21,7 @@ from megafish.config import load_config
 from megafish.demo import make_corpus
 from megafish.train.loop import train
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 MARKS = (0.5, 1.0)
 BATCH, LENGTH = 4, 256
 
