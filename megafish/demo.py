@@ -75,7 +75,7 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> dict[st
     _make_room(output, overwrite)
     started = time.monotonic()
     console.rule("[bold]1/4  corpus: Python's standard library")
-    corpus = _make_corpus(output, seed)
+    corpus = make_corpus(output, seed)
 
     compared = {}
     for number, (name, k) in enumerate({"plain": None, "goldfish": GOLDFISH_K}.items(), start=2):
@@ -128,7 +128,7 @@ def library_files(budget: int, seed: int) -> list[Path]:
     return sorted(chosen)
 
 
-def _make_corpus(output: Path, seed: int) -> Path:
+def make_corpus(output: Path, seed: int) -> Path:
     files = library_files(TEXT_BYTES, seed)
     tokenizer = output / "tokenizer.model"
     output.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,11 @@ class Offload(NamedTuple):
 
 def offload(config: Config) -> Offload:
     """What the configuration offloads. The one place that knows where it is set."""
-    zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization", {})
-    return Offload(_to_cpu(zero.get("offload_optimizer")), _to_cpu(zero.get("offload_param")))
+    engine, zero = config.engine, config.engine.deepspeed.get("zero_optimization", {})
+    return Offload(
+        engine.offload_optimizer == "cpu" or _to_cpu(zero.get("offload_optimizer")),
+        engine.offload_parameters == "cpu" or _to_cpu(zero.get("offload_param")),
+    )
 
 
 def searched_tensor_degrees(config: Config, most: int) -> list[int]:
@@ -58,7 +61,8 @@ class Layout:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     device: Device = "cuda"
-    reduce_bucket: int = 500_000_000
+    reduce_bucket: int | None = None
+    """None: megafish's own choice, as large as the model up to REDUCE_BUCKET."""
     overlap: bool = False
     """Whether ZeRO reduces gradients while the backward pass goes on."""
     persistence: int = 100_000

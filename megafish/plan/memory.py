@@ -113,13 +113,23 @@ def _kept_between(parameters: Parameters, states: States, layout: Layout) -> flo
     return states.gradients if layout.stage == 2 else FP32 * parameters.total
 
 
+def _bucket_numbers(parameters: Parameters, layout: Layout) -> int:
+    """Gradients that are sent at one time, at most."""
+    if layout.reduce_bucket is not None:
+        return layout.reduce_bucket
+    # ZeRO-0 leaves it to DeepSpeed.
+    return min(parameters.total, REDUCE_BUCKET) if layout.stage else 500_000_000
+
+
 def _bucket(parameters: Parameters, layout: Layout) -> float:
     """The flat buffer in which gradients are sent. On CUDA DeepSpeed takes all of it, on a CPU what is written to
     counts. ZeRO-0, and ZeRO-1 in bf16, have none."""
     if layout.stage == 0 or (layout.stage == 1 and layout.bf16 and not layout.offload_optimizer):
         return 0.0
     size = FP32 if layout.stage in (1, 3) or not layout.bf16 else 2
-    numbers = layout.reduce_bucket if layout.device == "cuda" else min(parameters.total, layout.reduce_bucket)
+    numbers = _bucket_numbers(parameters, layout)
+    if layout.device == "cpu":
+        numbers = min(parameters.total, numbers)
     buffers = 2 if layout.overlap and layout.stage < 3 else 1
     return float(size * numbers * buffers)
 
@@ -162,16 +172,17 @@ def _reduction(
     config: Config, parameters: Parameters, states: States, acts: Activations, layout: Layout
 ) -> dict[str, float]:
     total, bucket = parameters.total, _bucket(parameters, layout)
-    sent = min(total, layout.reduce_bucket)
+    room = _bucket_numbers(parameters, layout)
+    sent = min(total, room)
     gradients, copies, left = states.gradients, 0.0, 0.0
     if layout.stage == 0:
         copies = FP32 * sent
     elif layout.stage == 1 and layout.bf16:
         # The two groups' flat gradients are sent as one where the first leaves room for the second.
         first = sum(parameters.groups[0])
-        copies = FP32 * (total if len(parameters.groups) > 1 and first <= layout.reduce_bucket else 0)
+        copies = FP32 * (total if len(parameters.groups) > 1 and first <= room else 0)
     else:
-        left = max(0.0, 1 - layout.reduce_bucket / total) if layout.stage > 1 else 0.0
+        left = max(0.0, 1 - room / total) if layout.stage > 1 else 0.0
         if layout.stage == 1:
             # Each gradient moves into the bucket; on CUDA the bucket is there before the first has moved.
             gradients += FP32 * total if layout.device == "cuda" else FP32 * max(0, total - sent)

@@ -116,8 +116,8 @@ def overrides(config: Config, layout: Layout) -> list[str]:
             layout.checkpointing != config.train.activation_checkpointing,
         ),
         (
-            "engine.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}",
-            layout.offload_optimizer,
+            "engine.offload_optimizer=cpu",
+            layout.offload_optimizer and not offload(config).optimizer,
         ),
     ]
     return [text for text, needed in changed if needed]

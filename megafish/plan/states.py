@@ -16,7 +16,7 @@ zero/stage3.py; benchmarks/plan_memory.py measures every line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -32,6 +32,13 @@ class Parameters:
     decayed: tuple[int, ...]
     kept: tuple[int, ...]
     """Not decayed: norms, biases and, unless asked for, embedding and head."""
+    muon: int = 0
+    """Numbers that Muon trains, with a momentum where AdamW keeps two moments."""
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of one number, on average."""
+        return 8.0 - 4.0 * self.muon / self.total
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -56,7 +63,11 @@ class Parameters:
 
 def parameters_of(config: Config, vocab_size: int, tensor: int = 1) -> Parameters:
     """The parameters of a process whose matrices are cut into `tensor` parts (norms are whole everywhere)."""
-    return _parameters(config.model, vocab_size, config.optimizer.decay_embeddings, tensor)
+    found = _parameters(config.model, vocab_size, config.optimizer.decay_embeddings, tensor)
+    if config.optimizer.name == "adamw":
+        return found
+    matrices = block_shapes(config.model, tensor).values()
+    return replace(found, muon=config.model.num_layers * sum(prod(shape) for shape in matrices if len(shape) == 2))
 
 
 @cache
@@ -114,12 +125,12 @@ def states_of(parameters: Parameters, layout: Layout, rank: int = 0) -> States:
     weight, shards = layout.itemsize, layout.shards
     if layout.stage == 0:
         total = parameters.total
-        return States(weight * total, 0.0, 8.0 * total, 4.0 * total)
+        return States(weight * total, 0.0, parameters.moment_bytes * total, 4.0 * total)
     if layout.stage == 3:
         return _stage_3(parameters, layout)
     padded = [_round_up(sum(group), 2 * shards) for group in parameters.groups]
     part = sum(padded) // shards
-    weights, masters, moments = float(weight * sum(padded)), 4.0 * part, 8.0 * part
+    weights, masters, moments = float(weight * sum(padded)), 4.0 * part, parameters.moment_bytes * part
     if layout.offload_optimizer:
         # Beside the masters lie their gradients, a buffer for the new weights, and room for one gradient.
         host = masters + moments + 4.0 * part + weight * (part + parameters.largest)
@@ -138,7 +149,7 @@ def _stage_3(parameters: Parameters, layout: Layout) -> States:
     weights = float(layout.itemsize * (part + persistent))
     if layout.hpz > 1:
         weights += layout.itemsize * sum(-(-size // layout.hpz) for size in parameters.all)
-    masters, moments, gradients = 4.0 * part, 8.0 * part, 4.0 * part
+    masters, moments, gradients = 4.0 * part, parameters.moment_bytes * part, 4.0 * part
     host = 0.0
     if layout.offload_parameters:
         host += layout.itemsize * part

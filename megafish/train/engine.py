@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megafish.config import Config
+from megafish.config_deepspeed import REDUCE_BUCKET
 from megafish.errors import InputError
 from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
 from megafish.model.parallel import gradient_norm
@@ -450,8 +451,7 @@ def _zero_settings(config: Config, device: str, parameters: int | None) -> dict[
     engine = config.engine
     made: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage and parameters is not None:
-        # Elements. DeepSpeed's default of 5e8 takes 1 to 2 GB of a GPU, for the smallest model too.
-        made["reduce_bucket_size"] = min(parameters, 200_000_000)
+        made["reduce_bucket_size"] = min(parameters, REDUCE_BUCKET)
     for name, place in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
         if place != "none":
             made[name] = {"device": place, "pin_memory": device == "cuda"}
