@@ -159,6 +159,8 @@ def misfit(config: Config, layout: Layout) -> str | None:
     ):
         if size % degree:
             return f"{name}={size} is not a multiple of {degree} (tensor x sequence parallel = {tensor} x {sequence})"
+    if tensor > 1 and config.optimizer.name == "muon":
+        return "Muon orthogonalizes whole matrices, which tensor parallelism would cut"
     own = model.resolved_kv_heads // tensor
     if own % sequence and sequence % own:
         return f"{own} key/value heads can neither be shared out among {sequence} processes nor repeated for them"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megafish.config import Config
+from megafish.config_deepspeed import REDUCE_BUCKET
 from megafish.plan.activations import Activations, activations_of
 from megafish.plan.hardware import GIB
 from megafish.plan.layout import Layout

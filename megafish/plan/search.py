@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megafish.config import Config
 from megafish.plan.hardware import GIB, Cluster
-from megafish.plan.layout import Layout, degrees, layout_of, misfit, searched_tensor_degrees
+from megafish.plan.layout import Layout, degrees, layout_of, misfit, offload, searched_tensor_degrees
 from megafish.plan.memory import MemoryPlan, plan_memory
 from megafish.plan.throughput import Efficiency, StepTime, step_time
 
