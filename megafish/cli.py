@@ -260,8 +260,8 @@ def train(
                 print(f"{report}\nnext: the same command without --dry-run, started by the launcher")
             return
 
-        from megafish.train.loop import Diverged
         from megafish.train.loop import train as run_train
+        from megafish.train.recovery import Diverged
         from megafish.train.replicas import ReplicasDiffer
 
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 REDUCE_BUCKET = 200_000_000
-"""Gradients that ZeRO sends at one time, at most. DeepSpeed's 5e8 takes 1 to 2 GB of a GPU, for the smallest model too."""
+"""Gradients that ZeRO sends at one time, at most. DeepSpeed's 5e8 takes 1 to 2 GB of a GPU for any model."""
 
 # DeepSpeed's keys that repeat a setting of ours: two places for one number would let them disagree.
 _OURS = {

@@ -17,6 +17,7 @@ LEVELS = [
     {"errors", "progress"},
     {"config_yaml"},
     {"config_deepspeed", "config_errors"},
+    {"config_sections"},
     {"config"},
     {"run"},
     {"data"},

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -17,8 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megafish.config import Config
-from megafish.data.loader import ReadOrder, StepBatch
-from megafish.data.quarantine import Quarantine, append_entry
+from megafish.data.loader import ReadOrder
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
@@ -26,13 +22,20 @@ from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
 from megafish.progress import format_quantity
 from megafish.run import RunDir
-from megafish.train.checkpoint import changed_settings, check_resume, find_good, load_state, set_aside
+from megafish.train.checkpoint import changed_settings, set_aside
 from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
 from megafish.train.profile import Profiler
-from megafish.train.replicas import ReplicasDiffer, differing_replicas
+from megafish.train.recovery import (
+    Restorer,
+    check_replicas,
+    go_back,
+    one_decision,
+    report_refusal,
+    shared_quarantine,
+)
 from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
 from megafish.train.spikes import StepGuard
@@ -91,10 +94,10 @@ def train(
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
-        restorer = _Restorer(run, engine, data, guard, _identity(config, data, engine))
+        restorer = Restorer(run, engine, data, guard, _identity(config, data, engine))
         spent, order, fallback = restorer.restore() if resume else (Spent(), ReadOrder(), None)
         saved, rollbacks = spent.steps, 0
-        quarantine = _shared_quarantine(run, processes)
+        quarantine = shared_quarantine(run, processes)
 
         profile = together(lambda: _open_profiler(run, config, spent, processes))
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
@@ -161,7 +164,7 @@ def train(
             dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
             nats = float(cross_entropy)
             loss = nats / max(kept, 1)
-            grad_norm, taken = engine.step(learning_rate, _one_decision(guard, loss, processes))
+            grad_norm, taken = engine.step(learning_rate, one_decision(guard, loss, processes))
             if first:
                 saver.allocate()
             first = False
@@ -172,13 +175,13 @@ def train(
                 for start, count in batch.ranges:
                     quarantine = quarantine.with_range(start, count)
                 if tracker is not None:
-                    _report_refusal(run, tracker, batch, after.steps, loss, grad_norm, fault)
+                    report_refusal(run, tracker, batch, after.steps, loss, grad_norm, fault)
                 spent = replace(spent, samples=batch.end)
                 if guard.refuse(loss, grad_norm):
                     watchdog.mark("going back", spent.steps, slow=True)
                     rollbacks += 1
                     saver.finish()
-                    spent, order = _go_back(restorer, tracker, rollbacks, fault)
+                    spent, order = go_back(restorer, tracker, rollbacks, fault)
                     batches.close()
                     batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
                 continue
@@ -231,7 +234,7 @@ def train(
             check_interval = config.guard.replica_check_interval
             if check_interval is not None and (due or _due(spent.steps, check_interval)):
                 watchdog.mark("comparing the replicas", spent.steps, slow=True)
-                _check_replicas(run, engine, saver, spent.steps)
+                check_replicas(run, engine, saver, spent.steps)
             if due:
                 save(wait=last)
                 saved, rollbacks = spent.steps, 0
@@ -266,76 +269,6 @@ def _watchdog(config: Config, run: RunDir, processes: Processes) -> Watchdog:
     )
 
 
-def _one_decision(guard: StepGuard, loss: float, processes: Processes) -> Callable[[float], bool]:
-    """Takes a gradient norm and says whether to take the step, in the same way in every process. Collective.
-
-    The numbers are the same everywhere unless a device miscalculates. Exchanging the verdict (one number) makes sure
-    that no process takes a step that another refuses, which would make them wait for each other, or drift apart.
-    """
-    return lambda norm: largest(int(guard.fault(loss, norm) is not None), processes) == 0
-
-
-def _report_refusal(
-    run: RunDir, tracker: Tracker, batch: StepBatch, step: int, loss: float, grad_norm: float, fault: str
-) -> None:
-    """Quarantine the samples of a refused step, in the file that every resume reads, and say so. Main process."""
-    numbers = {"loss": loss, "grad_norm": grad_norm}
-    why = {
-        **{key: value if math.isfinite(value) else None for key, value in numbers.items()},  # JSON has no infinity
-        "fault": fault,
-        "data_hash": batch.data_hash,
-    }
-    for first, count in batch.ranges:
-        append_entry(run.quarantine_file, {"step": step, "first_sample": first, "samples": count, **why})
-    samples = sum(count for _, count in batch.ranges)
-    tracker.log({"kind": "skipped", "step": step, "first_sample": batch.first_sample, "samples": samples, **why})
-    tracker.note(
-        f"step {step} refused: {fault}; samples {batch.first_sample} to {batch.end - 1} are left out from now on"
-    )
-
-
-def _go_back(restorer: _Restorer, tracker: Tracker | None, rollbacks: int, fault: str) -> tuple[Spent, ReadOrder]:
-    """Return to the newest checkpoint, the `rollbacks`-th time in a row; Diverged when that has been tried enough."""
-    run = restorer.run
-    advice = (
-        "training diverged; lower optimizer.lr or raise schedule.warmup_fraction, then resume or start again. The "
-        f"samples of refused steps stay left out unless you remove {run.quarantine_file}"
-    )
-    if rollbacks > restorer.guard.config.max_rollbacks:
-        tried = f", also after going back to a checkpoint {rollbacks - 1} times" if rollbacks > 1 else ""
-        raise Diverged(f"{run.path}: {fault}: too many steps refused{tried}: {advice}")
-    spent, order, fallback = restorer.restore()
-    if not spent.steps:
-        raise Diverged(f"{run.path}: {fault}: too many steps refused, and no checkpoint to go back to: {advice}")
-    if tracker is not None:
-        tracker.go_back(spent.steps)
-        if fallback is not None:
-            tracker.note(fallback)
-        tracker.note(f"too many steps refused: back to step {spent.steps}, without the samples of those steps")
-    return spent, order
-
-
-def _shared_quarantine(run: RunDir, processes: Processes) -> Quarantine:
-    """The samples to leave out, as the main process reads them. Collective."""
-    found = together(lambda: Quarantine.read(run.quarantine_file).ranges if processes.is_main else None)
-    shared = [found]
-    dist.broadcast_object_list(shared, device=processes.device)
-    return Quarantine(shared[0] or ())
-
-
-def _check_replicas(run: RunDir, engine: Engine, saver: Saver, step: int) -> None:
-    """Raise ReplicasDiffer where processes that should hold the same weights do not. Collective."""
-    difference = differing_replicas(engine.module, engine.processes.mesh.tensor.rank)
-    if difference is not None:
-        saver.finish()  # what is on its way was found good
-        latest = run.latest()
-        advice = "no checkpoint was written yet" if latest is None else f"{latest.name} was written before: resume"
-        raise ReplicasDiffer(
-            f"{run.path}: step {step}: {difference}: the memory or the arithmetic of a device is at fault; leave its "
-            f"node out. {advice}"
-        )
-
-
 def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> None:
     """Take the run directory for this run, on the main process."""
     if not processes.is_main:
@@ -348,38 +281,6 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
             f"{run.path} holds a run already: continue it with `megafish train {run.path}`{again}, or choose another "
             "name=..."
         )
-
-
-@dataclass(frozen=True)
-class _Restorer:
-    """Brings a run to the state of its newest good checkpoint: on a resume, and on the way back from bad steps."""
-
-    run: RunDir
-    engine: Engine
-    data: TrainingData
-    guard: StepGuard
-    identity: dict[str, Any]
-    """What a checkpoint must share with the run that continues it."""
-
-    def restore(self) -> tuple[Spent, ReadOrder, str | None]:
-        """How far the checkpoint is, and a line to say where it is not the latest. Collective.
-
-        All zero where there is no checkpoint; nothing is loaded then.
-        """
-        folder, note = find_good(self.run, self.engine.processes)
-        if folder is None:
-            return Spent(), ReadOrder(), None
-        state = together(partial(self._fitting_state, folder))
-        self.engine.load(folder)
-        self.guard.load(state.get("guard"))
-        return Spent(**state["spent"]), ReadOrder(**state["order"]), note
-
-    def _fitting_state(self, folder: Path) -> dict[str, Any]:
-        """state.json, once it is found to be one that this run may continue."""
-        state = load_state(folder)
-        check_resume(state, self.identity, self.run)
-        self.data.check_order(ReadOrder(**state["order"]))
-        return state
 
 
 def _open_tracker(
@@ -424,10 +325,6 @@ def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
         config.model, data.tokenizer.vocab_size, config.data.sequence_length, kept / data.batch_tokens
     )
     return per_token * data.batch_tokens
-
-
-class Diverged(RuntimeError):
-    """Too many steps had a loss or a gradient norm that was not finite, or a spike."""
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -16,7 +16,8 @@ from megafish.config import Config, load_config
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
-from megafish.train.loop import Diverged, Outcome, train
+from megafish.train.loop import Outcome, train
+from megafish.train.recovery import Diverged
 from tests.helpers import read_metrics
 
 QUIET = Console(quiet=True)
