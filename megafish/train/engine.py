@@ -141,6 +141,16 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     return result, None
 
 
+def from_main(action: Callable[[], T], processes: Processes) -> T:
+    """What `action` gives in the main process, in every process; its InputError likewise. Collective.
+
+    For what all must know alike: another node's view of a shared file system may be older.
+    """
+    found = [together(lambda: action() if processes.is_main else None)]
+    dist.broadcast_object_list(found, device=processes.device)
+    return cast(T, found[0])
+
+
 def largest(number: int, processes: Processes) -> int:
     """The largest of the numbers that the processes give. Collective."""
     found = torch.tensor(number, device=processes.device)
@@ -280,6 +290,10 @@ class Engine:
             self.engine.step()
         finally:
             setattr(place, name, norm_of)
+        if self.optimizer.overflow and hasattr(self.optimizer, "scaled_global_norm"):
+            # With offloading DeepSpeed 0.19 leaves the discarded gradient here at ZeRO 1 and 2 (bf16), and would add
+            # that of the next step to it: a spike would be taken after all, and a NaN would never go away.
+            self.optimizer.averaged_gradients.update(dict.fromkeys(self.optimizer.averaged_gradients))
         return norm, not self.optimizer.overflow
 
     @property

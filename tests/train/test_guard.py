@@ -26,6 +26,7 @@ from megafish.train.checkpoint import verify_checkpoint
 from megafish.train.data import TrainingData
 from megafish.train.engine import Engine, start_processes
 from megafish.train.guard import StopRequest
+from megafish.train.recovery import Diverged
 from tests.helpers import read_metrics
 
 SHAPE = "model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48}"
@@ -167,13 +168,23 @@ def test_a_signal_while_the_loader_stalls_stops_the_run(settings: list[str], mon
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision", "more"),
+    [
+        *[(stage, "fp32", "") for stage in range(4)],
+        *[(stage, "bf16", "") for stage in range(1, 4)],
+        *[(stage, "bf16", "engine.offload_optimizer=cpu") for stage in range(1, 4)],
+        (2, "bf16", "optimizer.name=muon"),
+        (3, "fp32", "optimizer.name=muon"),
+    ],
 )
 @pytest.mark.parametrize("bad", ["refused", "not finite"])
-def test_a_refused_step_leaves_every_bit_of_weights_and_optimizer(stage: int, precision: str, bad: str) -> None:
+def test_a_refused_step_leaves_every_bit_of_weights_and_optimizer(
+    stage: int, precision: str, more: str, bad: str
+) -> None:
     config = load_config(
         "tiny",
-        [SHAPE, f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch_size=8"],
+        [SHAPE, f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch_size=8"]
+        + [more] * bool(more),
     )
     generator = torch.Generator().manual_seed(0)
     batches = torch.randint(0, 64, (4, 8, 16), generator=generator)
@@ -269,9 +280,24 @@ def test_repeated_faults_go_back_and_leave_the_samples_out(
     assert ours == theirs
 
 
+def test_going_back_passes_over_a_damaged_checkpoint(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    directory = RunDir(tmp_path / "run")
+    spoil(monkeypatch, {16: math.nan})
+    damage = before((directory.checkpoint(4) / "model.safetensors").unlink, loop.go_back)
+    monkeypatch.setattr(loop, "go_back", damage)
+    outcome = run(settings, "guard.max_skips=0")
+    # Back at step 2, that is sample 8; 16 to 19 are left out.
+    assert outcome.spent.steps == 6 and outcome.spent.samples == 28
+    assert directory.steps() == [2, 4, 6] and directory.latest() == directory.checkpoint(6)
+    assert [path.name for path in directory.checkpoints.glob("abandoned_*")] == ["abandoned_step_00000004"]
+    assert [record["step"] for record in read_metrics(directory.path)["train"]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_faults_that_going_back_does_not_end_stop_the_run(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {first: float("nan") for first in range(12, 400)})
-    with pytest.raises(loop.Diverged, match=r"also after going back to a checkpoint 2 times.*lower optimizer.lr"):
+    with pytest.raises(Diverged, match=r"also after going back to a checkpoint 2 times.*lower optimizer.lr"):
         run(settings, "guard.max_skips=2")
     directory = RunDir(load_config("tiny", settings).run_path)
     entries = [json.loads(line) for line in directory.quarantine_file.read_text().splitlines()]
@@ -284,7 +310,7 @@ def test_faults_that_going_back_does_not_end_stop_the_run(settings: list[str], m
 
 def test_without_a_checkpoint_there_is_no_way_back(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {0: float("nan")})
-    with pytest.raises(loop.Diverged, match="no checkpoint to go back to"):
+    with pytest.raises(Diverged, match="no checkpoint to go back to"):
         run(settings, "guard.max_skips=0")
 
 
