@@ -74,7 +74,9 @@ class Watchdog:
         self.hint = hint
         self.beat = min(_BEAT, (stall_seconds or _BEAT) / 10)
         self._mark = Mark(0, "start-up", 0, True)
-        self._prefix = f"megafish/watchdog/{next(_instances)}"
+        # torchrun starts the processes again (--max-restarts) with the store that holds the alarm of the last attempt.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._prefix = f"megafish/watchdog/{attempt}/{next(_instances)}"
         self._end = threading.Event()
         self._noticed = threading.Event()  # this process, or another, has waited too long
         self._answered = threading.Event()  # `_report` holds what the store had to say

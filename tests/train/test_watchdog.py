@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megafish.train.guard import EXIT_STALLED
-from megafish.train.watchdog import describe, name_ranks
+from megafish.train.watchdog import Watchdog, describe, name_ranks
 
 
 def status(count: int, phase: str, at: float, step: int = 17) -> str:
@@ -100,9 +102,19 @@ def test_a_process_stuck_in_c_ends_and_one_that_was_suspended_does_not(tmp_path:
 def test_no_limit_is_no_thread(tmp_path: Path) -> None:
     import threading
 
-    from megafish.train.watchdog import Watchdog
-
     before = threading.active_count()
     with Watchdog(0, 2, tmp_path, stall_seconds=None, slow_seconds=1.0) as watchdog:
         watchdog.mark("data", 1)
         assert threading.active_count() == before
+
+
+def test_processes_started_anew_do_not_hear_the_alarm_of_the_last_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts: the store outlives the processes."""
+    names = set()
+    for attempt in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        watchdog = Watchdog(0, 2, tmp_path, stall_seconds=1.0, slow_seconds=1.0)
+        names.add(watchdog._prefix.rpartition("/")[0])
+    assert len(names) == 3
