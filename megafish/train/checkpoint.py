@@ -12,6 +12,7 @@ saver.py writes them while the training goes on; here is what stands in one, and
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -28,7 +29,7 @@ from megafish.errors import InputError
 from megafish.model.load import WEIGHTS, WEIGHTS_INDEX
 from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
-from megafish.train.engine import Processes, attempt, together
+from megafish.train.engine import Processes, attempt, from_main
 from megafish.train.state import FOLDER, INDEX, MASTER, StateReader, make_index
 
 MANIFEST = "manifest.json"
@@ -114,7 +115,7 @@ def publish(run: RunDir, temporary: Path, state: dict[str, Any], config: Checkpo
 
     final = run.checkpoint(state["step"])
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(temporary, final)
     sync_folder(run.checkpoints)
     write_atomic(run.latest_file, final.name + "\n")
@@ -138,10 +139,21 @@ def make_room(folder: Path, needed: int) -> None:
 def _prune(run: RunDir, step: int, config: CheckpointConfig) -> None:
     """Remove the checkpoints up to `step` that are not to be kept, and what killed runs left half-written."""
     for leftover in run.checkpoints.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     steps = [other for other in run.steps() if other <= step]
     for old in set(steps) - kept_steps(run, steps, config):
-        shutil.rmtree(run.checkpoint(old))
+        _remove(run.checkpoint(old))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint. Its name goes first: a kill meanwhile leaves no half of one that looks complete.
+
+    What cannot be removed (NFS keeps files that a reader has open) is tried again when the next one is published: the
+    run need not end for it.
+    """
+    nameless = folder.with_suffix(".old.tmp")
+    os.replace(folder, nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def kept_steps(run: RunDir, steps: list[int], config: CheckpointConfig) -> set[int]:
@@ -158,15 +170,15 @@ def kept_steps(run: RunDir, steps: list[int], config: CheckpointConfig) -> set[i
 
 def best_step(run: RunDir, steps: list[int]) -> int | None:
     """The checkpoint with the lowest validation loss, the newest of equals; None where no step was validated."""
-    losses: dict[int, float | None] = {}
+    losses: dict[int, float] = {}
     for step in steps:
         try:
-            losses[step] = load_state(run.checkpoint(step)).get("valid_loss")
+            loss = load_state(run.checkpoint(step)).get("valid_loss")
         except InputError:
-            losses[step] = None  # damaged; the run that goes on need not end for it
-    return min(
-        (step for step in steps if losses[step] is not None), key=lambda step: (losses[step], -step), default=None
-    )
+            continue  # damaged; the run that goes on need not end for it
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
+    return min(losses, key=lambda step: (losses[step], -step), default=None)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -205,21 +217,28 @@ def find_good(run: RunDir, processes: Processes) -> tuple[Path | None, str | Non
 
     A damaged one is passed over for the newest good one before it. Collective. Raises InputError when none is good.
     """
-    latest = together(run.latest)
-    if latest is None:
+    candidates = from_main(lambda: _up_to_latest(run), processes)
+    if not candidates:
         return None, None
-    older = [step for step in reversed(run.steps()) if run.checkpoint(step).name < latest.name]
     first = None
-    for folder in (latest, *map(run.checkpoint, older)):
+    for folder in map(run.checkpoint, candidates):
         _, problem = attempt(partial(verify_checkpoint, folder, processes.rank, processes.world_size))
         if problem is None:
             note = None if first is None else f"{first}; continuing from the newest good one, {folder.name}"
             return folder, note
         first = first or problem
     raise InputError(
-        f"{first}; none of the {len(older)} older ones is good either: see `megafish verify {run.path}`; there is "
-        "nothing to continue from, start a new run"
+        f"{first}; none of the {len(candidates) - 1} older ones is good either: see `megafish verify {run.path}`; "
+        "there is nothing to continue from, start a new run"
     )
+
+
+def _up_to_latest(run: RunDir) -> list[int]:
+    """Steps of the checkpoints up to the latest, the newest first; [] without any."""
+    latest = run.latest()
+    if latest is None:
+        return []
+    return [step for step in reversed(run.steps()) if run.checkpoint(step).name <= latest.name]
 
 
 def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], list[int]]:
@@ -268,6 +287,9 @@ def changed_settings(old: Config, new: Config) -> list[str]:
 def set_aside(run: RunDir, step: int) -> list[int]:
     """Rename checkpoints later than `step`: a run that goes back to it makes others of those steps. Returns them."""
     later = [other for other in run.steps() if other > step]
+    if later:
+        # `latest` may name one of them (a damaged one), and must name one that is there at every moment.
+        write_atomic(run.latest_file, run.checkpoint(step).name + "\n")
     for other in later:
         folder = run.checkpoint(other)
         aside = folder.with_name(f"abandoned_{folder.name}")

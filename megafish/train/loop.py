@@ -121,10 +121,22 @@ def train(
             watchdog.mark("evaluation", spent.steps, slow=True)
             return _asked_to_stop(stop, processes) != 0
 
+        def compare() -> None:
+            """End the run where replicas differ."""
+            if config.guard.replica_check_interval is not None:
+                watchdog.mark("comparing the replicas", spent.steps, slow=True)
+                check_replicas(run, engine, saver, spent.steps)
+
         def save(*, wait: bool) -> None:
+            compare()  # what all replicas agree on is saved
             watchdog.mark("saving", spent.steps, slow=True)
             state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
             saver.save({**state, "guard": guard.state(), **restorer.identity}, wait=wait)
+
+        def report_checkpoints() -> None:
+            if tracker is not None:
+                for record in saver.records():
+                    tracker.log(record)
 
         def begin(phase: str) -> None:
             """A part of the next step begins, for who watches it and for who times it."""
@@ -165,8 +177,6 @@ def train(
             nats = float(cross_entropy)
             loss = nats / max(kept, 1)
             grad_norm, taken = engine.step(learning_rate, one_decision(guard, loss, processes))
-            if first:
-                saver.allocate()
             first = False
             seconds = time.perf_counter() - started
             phase_seconds = profile.end_step()
@@ -182,10 +192,12 @@ def train(
                     rollbacks += 1
                     saver.finish()
                     spent, order = go_back(restorer, tracker, rollbacks, fault)
+                    saved, valid_loss = spent.steps, None
                     batches.close()
                     batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
                 continue
             guard.accept(loss, grad_norm)
+            saver.allocate()
             spent = after
 
             # ---- report
@@ -229,24 +241,20 @@ def train(
                         tracker.log({**result, "step": spent.steps})
                         tracker.note(_evaluation_line(result, spent.steps))
 
-            # ---- save, what all replicas agree on
-            due = last or _due(spent.steps, config.checkpoint.interval)
-            check_interval = config.guard.replica_check_interval
-            if check_interval is not None and (due or _due(spent.steps, check_interval)):
-                watchdog.mark("comparing the replicas", spent.steps, slow=True)
-                check_replicas(run, engine, saver, spent.steps)
-            if due:
+            # ---- save
+            if last or _due(spent.steps, config.checkpoint.interval):
                 save(wait=last)
                 saved, rollbacks = spent.steps, 0
-            if tracker is not None:
-                for record in saver.records():
-                    tracker.log(record)
+            elif _due(spent.steps, config.guard.replica_check_interval):
+                compare()
+            report_checkpoints()
 
         if stopped:
             if spent.steps != saved:
                 save(wait=True)
             watchdog.mark("saving", spent.steps, slow=True)
             saver.finish()
+            report_checkpoints()
         for line in profile.report():
             if tracker is not None:
                 tracker.note(line)

@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megafish.data.loader import ReadOrder, StepBatch
 from megafish.data.quarantine import Quarantine, append_entry
 from megafish.run import RunDir
-from megafish.train.checkpoint import check_resume, find_good, load_state
+from megafish.train.checkpoint import check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData
-from megafish.train.engine import Engine, Processes, largest, together
+from megafish.train.engine import Engine, Processes, from_main, largest, together
 from megafish.train.replicas import ReplicasDiffer, differing_replicas
 from megafish.train.saver import Saver
 from megafish.train.schedule import Spent
@@ -101,6 +99,8 @@ def go_back(restorer: Restorer, tracker: Tracker | None, rollbacks: int, fault: 
     spent, order, fallback = restorer.restore()
     if not spent.steps:
         raise Diverged(f"{run.path}: {fault}: too many steps refused, and no checkpoint to go back to: {advice}")
+    if fallback is not None:
+        together(lambda: set_aside(run, spent.steps) if restorer.engine.processes.is_main else None)
     if tracker is not None:
         tracker.go_back(spent.steps)
         if fallback is not None:
@@ -111,10 +111,7 @@ def go_back(restorer: Restorer, tracker: Tracker | None, rollbacks: int, fault: 
 
 def shared_quarantine(run: RunDir, processes: Processes) -> Quarantine:
     """The samples to leave out, as the main process reads them. Collective."""
-    found = together(lambda: Quarantine.read(run.quarantine_file).ranges if processes.is_main else None)
-    shared = [found]
-    dist.broadcast_object_list(shared, device=processes.device)
-    return Quarantine(shared[0] or ())
+    return Quarantine(from_main(lambda: Quarantine.read(run.quarantine_file).ranges, processes))
 
 
 def check_replicas(run: RunDir, engine: Engine, saver: Saver, step: int) -> None:

@@ -64,7 +64,8 @@ class Saver:
     def allocate(self) -> None:
         """Get the host memory for the copies, beside the training: the first save need not wait for it.
 
-        To be called once the optimizer has its state. What is not there at the first save is made by it.
+        To be called after a step, when the optimizer has its state; again it does nothing. What is not there at the
+        first save is made by it.
         """
         if not self.config.asynchronous or self._allocation is not None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -191,7 +192,7 @@ def losses(run: RunDir, values: dict[int, float | None]) -> list[int]:
 
 def test_retention(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    steps = losses(run, {10: 3.0, 20: 1.0, 30: 1.0, 40: None, 50: 2.0, 60: 2.5})
+    steps = losses(run, {5: math.nan, 10: 3.0, 20: 1.0, 30: 1.0, 40: None, 50: 2.0, 60: 2.5})
 
     def kept(**config: object) -> list[int]:
         return sorted(kept_steps(run, steps, CheckpointConfig.model_validate(config)))

@@ -16,6 +16,7 @@ from megafish.config import Config, load_config
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
+from megafish.train.engine import Engine
 from megafish.train.loop import Outcome, train
 from megafish.train.recovery import Diverged
 from tests.helpers import read_metrics
@@ -164,6 +165,24 @@ def test_a_damaged_checkpoint_is_passed_over(settings: list[str], name: str) -> 
     assert re.search(f"step_00000004/{blamed}.*damaged; continuing from the newest good one, step_00000003", text), text
     assert outcome.spent.steps == 5 and directory.latest() == directory.checkpoint(5)
     assert [record["step"] for record in read_metrics(directory.path)["train"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_can_be_killed(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its next checkpoint: `latest` must not name the one that was set aside."""
+    directory = run(settings).run
+    damage(directory.checkpoint(4) / "state.json")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, resume=True)
+    assert directory.steps() == [3] and directory.latest() == directory.checkpoint(3)
+    monkeypatch.undo()
+    assert run(settings, resume=True).spent.steps == 4
 
 
 def test_without_a_good_checkpoint_a_resume_is_refused(settings: list[str]) -> None:
