@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from signal import Signals
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megafish.config import Config
-from megafish.data.loader import ReadOrder
+from megafish.data.loader import ReadOrder, StepBatch
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
@@ -152,13 +154,16 @@ def train(
             started = time.perf_counter()
             watchdog.mark(WAITING_FOR_DATA, spent.steps + 1, slow=first)
             profile.begin("data")
-            batch = next(batches)
+            batch, problem = _next_batch(batches)
             watchdog.mark("counting tokens", spent.steps + 1, slow=first)
-            flags = stop.received is not None, *saver.flags()
-            kept, dropped, target_bytes, stops, saving, failed = data.count(batch, *flags)
+            flags = stop.received is not None, problem is not None, *saver.flags()
+            kept, dropped, target_bytes, stops, problems, saving, failed = data.count(batch, *flags)
             stopped = stops > 0
-            if stopped or batch is None:
+            if stopped:
                 break
+            if problems:
+                together(partial(_refuse, problem))
+            assert batch is not None
             saver.poll(saving, failed)
             after = spent.plus(samples=batch.end - spent.samples, tokens=data.batch_tokens, supervised_tokens=kept)
             progress = budget.progress(after)
@@ -259,6 +264,19 @@ def train(
             if tracker is not None:
                 tracker.note(line)
         return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped else None)
+
+
+def _next_batch(batches: Iterator[StepBatch | None]) -> tuple[StepBatch | None, Exception | None]:
+    """The next batch, or what this process's loader has to complain about: the others are told before it leaves."""
+    try:
+        return next(batches), None
+    except (InputError, OSError) as error:
+        return None, error
+
+
+def _refuse(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _asked_to_stop(stop: StopRequest, processes: Processes) -> int:

@@ -17,6 +17,8 @@ import torch
 
 from megafish import cli
 from megafish.config import load_config
+from megafish.data.loader import Loader
+from megafish.errors import InputError
 from megafish.train import loop
 from megafish.train.data import TrainingData
 from megafish.train.engine import Engine
@@ -58,13 +60,31 @@ def flipped(folder: Path, overrides: list[str]) -> None:
         steps = 0
 
     Engine.step = step_and_flip  # type: ignore[method-assign]
-    sys.argv = ["megafish", "train", "tiny", *overrides, "guard.replica_check_interval=2", f"run_dir={folder}"]
+    command([*overrides, "guard.replica_check_interval=2", f"run_dir={folder}"])
+    Engine.step = step  # type: ignore[method-assign]
+
+
+def unreadable(folder: Path, overrides: list[str]) -> None:
+    """The loader of the last process meets data that it refuses."""
+    make = Loader._make_step
+
+    def refuse(self: Loader, locations: Any) -> Any:
+        if self.rank == self.world_size - 1 and locations.number[0] == 24:
+            raise InputError("a sample is damaged")
+        return make(self, locations)
+
+    Loader._make_step = refuse  # type: ignore[method-assign]
+    command([*overrides, f"run_dir={folder}"])
+    Loader._make_step = make  # type: ignore[method-assign]
+
+
+def command(overrides: list[str]) -> None:
+    """`megafish train`, and its exit code as a line of the output."""
+    sys.argv = ["megafish", "train", "tiny", *overrides]
     try:
         cli.main()
     except SystemExit as end:
-        print(f"exit code {end.code}", flush=True)
-    finally:
-        Engine.step = step  # type: ignore[method-assign]
+        print(f"exit code {end.code}\n", end="", flush=True)  # in one piece, whatever the others print
 
 
 def main() -> None:
@@ -72,8 +92,8 @@ def main() -> None:
     torch.set_num_threads(1)
     TrainingData.count, Engine.backward = watch_count, faulty_backward  # type: ignore[method-assign]
     for case in cases.split(","):
-        if case == "flipped":
-            flipped(Path(folder) / case, overrides)
+        if case in ("flipped", "unreadable"):
+            {"flipped": flipped, "unreadable": unreadable}[case](Path(folder) / case, overrides)
             continue
         for kind in ("faulty", "clean"):
             run = Path(folder) / case / kind

@@ -27,7 +27,7 @@ def test_a_refused_step_changes_nothing_at_any_zero_stage(launch: Launch, settin
     """The run that refuses two steps, one by a NaN and one by a spike of a single process's gradient, is bit for bit
     the run that never read their samples."""
     worker = str(Path(__file__).with_name("guarded.py"))
-    cases = ",".join([*CASES, "flipped"])
+    cases = ",".join([*CASES, "flipped", "unreadable"])
     output = finish(launch(2, worker, str(tmp_path), cases, *settings, GUARD, "train.steps=9", "eval.interval=null"))
     last = Path("checkpoints") / "step_00000009" / "model.safetensors"
     for case in CASES:
@@ -43,9 +43,11 @@ def test_a_refused_step_changes_nothing_at_any_zero_stage(launch: Launch, settin
         assert (faulty / last).read_bytes() == (clean / last).read_bytes(), case
     # ZeRO 0 of the preset: replicas that nothing renews.
     assert output.count(f"exit code {EXIT_CORRUPT}\n") == 2, output
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "step 4: norm.weight differs between the processes (suspect: ranks 0, 1)" in error
-    assert "no checkpoint was written yet" in error
+    flipped, unreadable = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "step 4: norm.weight differs between the processes (suspect: ranks 0, 1)" in flipped
+    assert "no checkpoint was written yet" in flipped
+    assert unreadable == "error: process 1: a sample is damaged"
+    assert output.count("exit code 2\n") == 2, "all processes end, with the message of the one that knows it"
 
 
 def start_pair(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
