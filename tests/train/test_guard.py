@@ -248,12 +248,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> list[in
     return read
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["engine.zero_stage=0"],
+        ["engine.zero_stage=3"],
+        ["engine={zero_stage: 2, offload_optimizer: cpu}", "train.precision=bf16"],
+        ["engine={zero_stage: 3, offload_optimizer: cpu}", "train.precision=bf16", "optimizer.name=muon"],
+    ],
+)
 def test_repeated_faults_go_back_and_leave_the_samples_out(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: list[str]
 ) -> None:
     nan = float("nan")
-    settings = [*settings, f"engine.zero_stage={stage}", "guard.max_skips=1", "checkpoint.interval=3"]
+    settings = [*settings, *engine, "guard.max_skips=1", "checkpoint.interval=3"]
     settings += ["track.tensorboard=true"]
     # Steps 1 to 3 read samples 0 to 11, and the checkpoint of step 3 is there when 12 and 20 are refused.
     read = spoil(monkeypatch, {12: nan, 20: nan})
