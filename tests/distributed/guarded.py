@@ -26,6 +26,10 @@ from megafish.train.engine import Engine
 CASES = {
     **{f"fp32_zero{stage}": [f"engine.zero_stage={stage}", "train.precision=fp32"] for stage in range(4)},
     **{f"bf16_zero{stage}": [f"engine.zero_stage={stage}", "train.precision=bf16"] for stage in (1, 3)},
+    "tensor": ["engine={zero_stage: 1, tensor_parallel: 2}", "train.precision=bf16"],
+    "sequence": ["engine={zero_stage: 3, sequence_parallel: 2}", "train.precision=bf16"],
+    "offload": ["engine={zero_stage: 2, offload_optimizer: cpu}", "train.precision=bf16"],
+    "muon": ["engine.zero_stage=2", "train.precision=bf16", "optimizer.name=muon"],
 }
 FACTORS = {24: float("nan"), 64: 1e4}
 """First sample of a faulty batch: what its gradient is multiplied by in the last process."""
