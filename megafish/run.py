@@ -88,12 +88,17 @@ class RunDir:
         with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "unknown"
                 raise InputError(
                     f"{self.path}: in use by another run (process {holder}): wait for it, or choose another name=... "
                     "or run_dir=..."
+                ) from None
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: its file system cannot lock files ({error.strerror}): mount it with locks (Lustre: "
+                    "-o flock), or choose another run_dir=..."
                 ) from None
             handle.truncate(0)
             handle.write(f"{os.getpid()} on {os.uname().nodename}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -107,6 +108,15 @@ def test_a_run_directory_in_use_is_refused(settings: list[str]) -> None:
     with RunDir(configure(settings).run_path).lock(), pytest.raises(InputError, match="in use by another run"):
         run(settings)
     run(settings)
+
+
+def test_a_file_system_without_locks_is_named(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match=r"cannot lock files \(No locks available\): mount it"):
+        run(settings)
 
 
 @pytest.mark.parametrize(
