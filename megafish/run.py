@@ -67,7 +67,8 @@ class RunDir:
     def latest(self) -> Path | None:
         """Folder of the checkpoint that a resume starts from, or None."""
         if not self.latest_file.is_file():
-            return None
+            # Complete, but killed before `latest` was first written.
+            return self.checkpoint(steps[-1]) if (steps := self.steps()) else None
         name = self.latest_file.read_text(encoding="utf-8").strip()
         folder = self.checkpoints / name
         if not _STEP.match(name) or not folder.is_dir():

@@ -38,6 +38,7 @@ PARTS = (
     "head",
     "gathered",
     "buckets",
+    "copies",
     "runtime",
     "fragmentation",
 )
@@ -97,7 +98,15 @@ def plan_memory(
     else:
         parts["runtime"] += CPU_LIBRARIES
         parts["moments"] += states.host  # a CPU's device is main memory
+        parts["copies"] = _copies(config, parameters, layout)
     return MemoryPlan(moment, parts, states)
+
+
+def _copies(config: Config, parameters: Parameters, layout: Layout) -> float:
+    """Main memory for fp32 weights and moments on their way into a checkpoint that is written beside the training."""
+    if not config.checkpoint.asynchronous or config.checkpoint.interval is None:
+        return 0.0
+    return (FP32 + parameters.moment_bytes) * parameters.total / layout.shards
 
 
 def kept_share(config: Config) -> float:

@@ -301,8 +301,8 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
         return
     stack.enter_context(run.lock())
     # metrics.jsonl comes to be after config.yaml, so that what is refused here can always be continued.
-    if not resume and (run.latest_file.exists() or run.metrics_file.exists()):
-        again = "" if run.latest_file.exists() else " (it has no checkpoint yet and will start over)"
+    if not resume and (run.latest() or run.metrics_file.exists()):
+        again = "" if run.latest() else " (it has no checkpoint yet and will start over)"
         raise InputError(
             f"{run.path} holds a run already: continue it with `megafish train {run.path}`{again}, or choose another "
             "name=..."

@@ -67,7 +67,8 @@ class Saver:
         To be called after a step, when the optimizer has its state; again it does nothing. What is not there at the
         first save is made by it.
         """
-        if not self.config.asynchronous or self._allocation is not None:
+        # Without an interval the only save is the last one, which is waited for and needs no copies.
+        if not self.config.asynchronous or self.config.interval is None or self._allocation is not None:
             return
         pieces = self.engine.pieces()
 

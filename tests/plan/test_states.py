@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megafish.config import load_config
+from megafish.config import Config, load_config
 from megafish.model.transformer import Transformer
 from megafish.plan.layout import Layout, layout_of
+from megafish.plan.memory import plan_memory
 from megafish.plan.states import parameters_of, states_of
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
@@ -97,3 +98,26 @@ def test_peak_of_a_process_is_within_ten_per_cent(monkeypatch: pytest.MonkeyPatc
     assert len(results) == 2
     for result in results:
         assert abs(result["total"] - result["peak"]) < 0.1 * result["peak"], result
+
+
+def test_copies_and_muon_are_counted() -> None:
+    extra = ["engine.zero_stage=1", "checkpoint.interval=10"]
+    config = load_config("tiny", extra)
+    layout = layout_of(config, 2, "cpu")
+    total = parameters_of(config, 1000).total
+    assert plan_memory(config, 1000, layout).parts["copies"] == 12 * total / 2
+    for off in ("checkpoint.asynchronous=false", "checkpoint.interval=null"):
+        assert plan_memory(load_config("tiny", [*extra, off]), 1000, layout).parts["copies"] == 0
+    assert plan_memory(config, 1000, layout_of(config, 2, "cuda")).parts["copies"] == 0
+
+    hidden = sum(p.numel() for name, p in model_of(config).named_parameters() if "blocks" in name and p.ndim == 2)
+    muon = load_config("tiny", [*extra, "optimizer.name=muon"])
+    saved = (
+        states_of(parameters_of(config, 1000), layout).moments - states_of(parameters_of(muon, 1000), layout).moments
+    )
+    assert abs(saved - 4 * hidden / 2) < 0.001 * saved
+
+
+def model_of(config: Config) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config.model, 1000)

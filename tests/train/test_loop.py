@@ -269,3 +269,14 @@ def test_no_space_is_said_before_anything_is_written(settings: list[str], monkey
     with pytest.raises(InputError, match="no space for a checkpoint"):
         run(settings)
     assert RunDir(configure(settings).run_path).steps() == []
+
+
+def test_a_run_killed_before_it_first_wrote_latest_continues(settings: list[str]) -> None:
+    config = load_config("tiny", settings)
+    run = train(config, console=QUIET).run
+    name = run.latest_file.read_text().strip()
+    run.latest_file.unlink()
+    found = run.latest()
+    assert found is not None and found.name == name
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config, console=QUIET)
