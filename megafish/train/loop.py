@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megafish.config import Config
-from megafish.data.loader import ReadOrder, StepBatch
+from megafish.data.loader import StepBatch
 from megafish.errors import InputError
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
@@ -31,6 +31,7 @@ from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
 from megafish.train.profile import Profiler
 from megafish.train.recovery import (
+    Restored,
     Restorer,
     check_replicas,
     go_back,
@@ -97,15 +98,16 @@ def train(
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
         restorer = Restorer(run, engine, data, guard, _identity(config, data, engine))
-        spent, order, fallback = restorer.restore() if resume else (Spent(), ReadOrder(), None)
+        point = restorer.restore() if resume else Restored()
+        spent, order, owed = point.spent, point.order, point.owes_evaluation
         saved, rollbacks = spent.steps, 0
         quarantine = shared_quarantine(run, processes)
 
         profile = together(lambda: _open_profiler(run, config, spent, processes))
         tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
-            if fallback is not None:
-                tracker.note(fallback)
+            if point.note is not None:
+                tracker.note(point.note)
             tracker.note(_opening_line(config, parameters, data, processes, spent, memory))
             if quarantine:
                 tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
@@ -120,8 +122,24 @@ def train(
 
         def cut_short() -> bool:
             """Between the batches of an evaluation: whether to leave it. One small collective."""
+            nonlocal owed
             watchdog.mark("evaluation", spent.steps, slow=True)
-            return _asked_to_stop(stop, processes) != 0
+            owed = owed or _asked_to_stop(stop, processes) != 0
+            return owed
+
+        def evaluate() -> None:
+            """Validate. What a signal cuts short is not reported; it is owed, and the next resume makes up for it."""
+            nonlocal owed, valid_loss
+            owed = False
+            results = [validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)]
+            for result in results:
+                if result is None or owed:
+                    continue
+                if result["kind"] == "valid":
+                    valid_loss = result["valid_loss"]
+                if tracker is not None:
+                    tracker.log({**result, "step": spent.steps})
+                    tracker.note(_evaluation_line(result, spent.steps))
 
         def compare() -> None:
             """End the run where replicas differ."""
@@ -133,7 +151,8 @@ def train(
             compare()  # what all replicas agree on is saved
             watchdog.mark("saving", spent.steps, slow=True)
             state = {"step": spent.steps, "spent": asdict(spent), "order": asdict(order), "valid_loss": valid_loss}
-            saver.save({**state, "guard": guard.state(), **restorer.identity}, wait=wait)
+            state |= {"owes_evaluation": owed, "guard": guard.state()}
+            saver.save({**state, **restorer.identity}, wait=wait)
 
         def report_checkpoints() -> None:
             if tracker is not None:
@@ -145,6 +164,10 @@ def train(
             watchdog.mark(phase, spent.steps + 1, slow=first)
             profile.begin(phase)
 
+        if owed:
+            evaluate()
+            if budget.used_up(spent) and not owed:
+                save(wait=True)
         stopped = False
         first = True  # kernels are compiled and memory is allocated in the first step
         batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
@@ -196,8 +219,8 @@ def train(
                     watchdog.mark("going back", spent.steps, slow=True)
                     rollbacks += 1
                     saver.finish()
-                    spent, order = go_back(restorer, tracker, rollbacks, fault)
-                    saved, valid_loss = spent.steps, None
+                    point = go_back(restorer, tracker, rollbacks, fault)
+                    spent, order, saved, valid_loss = point.spent, point.order, point.spent.steps, None
                     batches.close()
                     batches = data.steps(spent.samples, quarantine, lambda: stop.received is not None)
                 continue
@@ -239,12 +262,7 @@ def train(
             # ---- validate
             valid_loss = None
             if last or _due(spent.steps, config.eval.interval):
-                for result in (validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)):
-                    if result is not None and result["kind"] == "valid":
-                        valid_loss = result["valid_loss"]
-                    if result is not None and tracker is not None:
-                        tracker.log({**result, "step": spent.steps})
-                        tracker.note(_evaluation_line(result, spent.steps))
+                evaluate()
 
             # ---- save
             if last or _due(spent.steps, config.checkpoint.interval):
@@ -263,7 +281,7 @@ def train(
         for line in profile.report():
             if tracker is not None:
                 tracker.note(line)
-        return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped else None)
+        return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped or owed else None)
 
 
 def _next_batch(batches: Iterator[StepBatch | None]) -> tuple[StepBatch | None, Exception | None]:

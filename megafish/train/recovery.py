@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ class Diverged(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Restored:
+    """Where a run continues: all zero where there is no checkpoint."""
+
+    spent: Spent = field(default_factory=Spent)
+    order: ReadOrder = field(default_factory=ReadOrder)
+    owes_evaluation: bool = False
+    """Whether a signal cut short the evaluation of that step."""
+    note: str | None = None
+    """A line to say where it is not the latest checkpoint."""
+
+
+@dataclass(frozen=True)
 class Restorer:
     """Brings a run to the state of its newest good checkpoint: on a resume, and on the way back from bad steps."""
 
@@ -37,18 +49,15 @@ class Restorer:
     identity: dict[str, Any]
     """What a checkpoint must share with the run that continues it."""
 
-    def restore(self) -> tuple[Spent, ReadOrder, str | None]:
-        """How far the checkpoint is, and a line to say where it is not the latest. Collective.
-
-        All zero where there is no checkpoint; nothing is loaded then.
-        """
+    def restore(self) -> Restored:
+        """Load the newest good checkpoint, if there is one. Collective."""
         folder, note = find_good(self.run, self.engine.processes)
         if folder is None:
-            return Spent(), ReadOrder(), None
+            return Restored()
         state = together(partial(self._fitting_state, folder))
         self.engine.load(folder)
         self.guard.load(state.get("guard"))
-        return Spent(**state["spent"]), ReadOrder(**state["order"]), note
+        return Restored(Spent(**state["spent"]), ReadOrder(**state["order"]), state.get("owes_evaluation", False), note)
 
     def _fitting_state(self, folder: Path) -> dict[str, Any]:
         """state.json, once it is found to be one that this run may continue."""
@@ -86,7 +95,7 @@ def report_refusal(
     )
 
 
-def go_back(restorer: Restorer, tracker: Tracker | None, rollbacks: int, fault: str) -> tuple[Spent, ReadOrder]:
+def go_back(restorer: Restorer, tracker: Tracker | None, rollbacks: int, fault: str) -> Restored:
     """Return to the newest checkpoint, the `rollbacks`-th time in a row; Diverged when that has been tried enough."""
     run = restorer.run
     advice = (
@@ -96,17 +105,17 @@ def go_back(restorer: Restorer, tracker: Tracker | None, rollbacks: int, fault: 
     if rollbacks > restorer.guard.config.max_rollbacks:
         tried = f", also after going back to a checkpoint {rollbacks - 1} times" if rollbacks > 1 else ""
         raise Diverged(f"{run.path}: {fault}: too many steps refused{tried}: {advice}")
-    spent, order, fallback = restorer.restore()
-    if not spent.steps:
+    point = restorer.restore()
+    if not point.spent.steps:
         raise Diverged(f"{run.path}: {fault}: too many steps refused, and no checkpoint to go back to: {advice}")
-    if fallback is not None:
-        together(lambda: set_aside(run, spent.steps) if restorer.engine.processes.is_main else None)
+    if point.note is not None:
+        together(lambda: set_aside(run, point.spent.steps) if restorer.engine.processes.is_main else None)
     if tracker is not None:
-        tracker.go_back(spent.steps)
-        if fallback is not None:
-            tracker.note(fallback)
-        tracker.note(f"too many steps refused: back to step {spent.steps}, without the samples of those steps")
-    return spent, order
+        tracker.go_back(point.spent.steps)
+        if point.note is not None:
+            tracker.note(point.note)
+        tracker.note(f"too many steps refused: back to step {point.spent.steps}, without the samples of those steps")
+    return point
 
 
 def shared_quarantine(run: RunDir, processes: Processes) -> Quarantine:
