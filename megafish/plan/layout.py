@@ -40,8 +40,9 @@ def offload(config: Config) -> Offload:
 
 
 def searched_tensor_degrees(config: Config, most: int) -> list[int]:
-    """The tensor-parallel degrees that a search tries on nodes of `most` GPUs: powers of two, and the one set."""
-    return sorted({degrees(config).tensor, *(2**n for n in range(most.bit_length()))})
+    """The tensor-parallel degrees that a search tries on nodes of `most` GPUs: powers of two that stay within a node,
+    and the one set."""
+    return sorted({degrees(config).tensor, *(2**n for n in range(most.bit_length()) if most % 2**n == 0)})
 
 
 @dataclass(frozen=True)
