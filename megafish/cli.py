@@ -60,6 +60,10 @@ _MACHINE = (
 )  # fmt: skip
 
 
+class _Stopped(SystemExit):
+    """The end of a run that a signal stopped, and that has said so."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
     try:
@@ -71,7 +75,7 @@ def main() -> None:
             raise
         _fail(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C, without a word
+        if end.code == 130 and not isinstance(end, _Stopped):  # what typer makes of Ctrl-C, without a word
             print("interrupted", file=sys.stderr)
         raise
 
@@ -125,7 +129,9 @@ def tokenizer(
         overwrite=overwrite,
     )
     print(f"{output}: {trained.vocab_size:,} ids")
-    print(f"next: megafish prepare {' '.join(map(str, inputs))} --tokenizer {output} --output corpus")
+    suffixes = "".join(f" --text-suffix {suffix}" for suffix in text_suffix or ())
+    key = "" if text_key == "text" else f" --text-key {text_key}"
+    print(f"next: megafish prepare {' '.join(map(str, inputs))}{suffixes}{key} --tokenizer {output} --output corpus")
 
 
 @app.command(
@@ -194,7 +200,7 @@ def prepare(
     for split, entry in read_json(manifest_file)["splits"].items():
         print(f"{output}/{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
         if split == "valid" and entry["documents"] == 0:
-            print("no document fell into the validation split: --valid-fraction 0.05 or more documents would fill it")
+            print("no document fell into the validation split: a larger --valid-fraction or more text would fill it")
     print(f"next: megafish train tiny data.train={output}")
 
 
@@ -255,7 +261,7 @@ def train(
         if dry_run:
             from megafish.train.dry_run import dry_run as run_dry
 
-            report = run_dry(settings, world)
+            report = run_dry(settings, world, resume=resume)
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(f"{report}\nnext: the same command without --dry-run, started by the launcher")
             return
@@ -272,6 +278,8 @@ def train(
             raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else 1) from None
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
+        if outcome.spent.steps == 0:  # of this start: a run that goes on may have checkpoints
+            where = f"{outcome.run.path}: nothing done yet"
         if outcome.signal is None:
             print(f"{where}\nnext: megafish audit {outcome.run.path}")
         else:
@@ -279,7 +287,7 @@ def train(
             again = f"megafish train {outcome.run.path}" if outcome.run.config_file.is_file() else "the same command"
             print(f"{where}; stopped by {outcome.signal.name}\nnext: {again}")
     if outcome.signal is not None:
-        raise SystemExit(128 + outcome.signal)
+        raise _Stopped(128 + outcome.signal)
 
 
 @app.command(epilog="Example: megafish verify runs/tiny")

@@ -270,6 +270,11 @@ def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], 
     return good, damaged
 
 
+def identity(config: Config, data: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    """What a continuation must share with the run it continues (_FIXED), in JSON's types. `data`: mask and samples."""
+    return {**data, "model": config.model.model_dump(mode="json"), "optimizer": optimizer}
+
+
 def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> None:
     """Refuse a continuation that would not be the same run, naming each value that differs."""
     for key, meaning in _FIXED.items():

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -414,14 +415,23 @@ def _checked_settings(
             f"engine.deepspeed.zero_optimization.zero_hpz_partition_size={share} does not divide the "
             f"{replicas} data-parallel processes: take the GPUs of a node"
         )
-    if config.engine.deepspeed:
-        try:
-            with redirect_stdout(io.StringIO()):
-                _deepspeed().DeepSpeedConfig(settings, mpu)
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"engine.deepspeed: refused by DeepSpeed: {reason[:300]}") from None
+    check_deepspeed_keys(config, settings, mpu)
     return settings
+
+
+def check_deepspeed_keys(config: Config, settings: dict[str, Any], mpu: ModelParallelUnit | None = None) -> None:
+    """InputError with what DeepSpeed itself refuses of `settings`, if the user gave keys of its own. Without a process
+    group DeepSpeed takes itself for the only process."""
+    if not config.engine.deepspeed:
+        return
+    try:
+        with redirect_stdout(io.StringIO()):
+            _deepspeed().DeepSpeedConfig(settings, mpu)
+    except (ValueError, AssertionError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise InputError(f"engine.deepspeed: refused by DeepSpeed: {reason[:300]}") from None
 
 
 def deepspeed_config(
