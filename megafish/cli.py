@@ -278,14 +278,15 @@ def train(
             raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else 1) from None
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
-        if outcome.spent.steps == 0:  # of this start: a run that goes on may have checkpoints
-            where = f"{outcome.run.path}: nothing done yet"
         if outcome.signal is None:
             print(f"{where}\nnext: megafish audit {outcome.run.path}")
         else:
             # Stopped before it wrote its configuration there is no run yet that could be named.
             again = f"megafish train {outcome.run.path}" if outcome.run.config_file.is_file() else "the same command"
-            print(f"{where}; stopped by {outcome.signal.name}\nnext: {again}")
+            # Before the first step nothing is counted, also of a run that has checkpoints.
+            early = f"{outcome.run.path}: stopped by {outcome.signal.name} before the first step of this start"
+            print(f"{where}; stopped by {outcome.signal.name}" if outcome.spent.steps else early)
+            print(f"next: {again}")
     if outcome.signal is not None:
         raise _Stopped(128 + outcome.signal)
 
