@@ -177,7 +177,10 @@ def misfit(config: Config, layout: Layout) -> str | None:
     if layout.hpz > 1 and tensor > 1:
         return "zero_hpz_partition_size does not go together with tensor parallelism"
     if layout.hpz > 1 and layout.shards % layout.hpz:
-        return f"zero_hpz_partition_size={layout.hpz} does not divide the {layout.shards} processes that share weights"
+        return (
+            f"engine.deepspeed.zero_optimization.zero_hpz_partition_size={layout.hpz} does not divide the "
+            f"{layout.shards} data-parallel processes: take the GPUs of a node"
+        )
     if layout.offload_parameters and layout.stage != 3:
         return "weights are offloaded by ZeRO-3 alone: set engine.zero_stage=3"
     if layout.offload_optimizer and layout.stage == 0:
