@@ -60,6 +60,10 @@ _MACHINE = (
 )  # fmt: skip
 
 
+class _Stopped(SystemExit):
+    """The end of a run that a signal stopped, and that has said so."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
     try:
@@ -71,7 +75,7 @@ def main() -> None:
             raise
         _fail(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C, without a word
+        if end.code == 130 and not isinstance(end, _Stopped):  # what typer makes of Ctrl-C, without a word
             print("interrupted", file=sys.stderr)
         raise
 
@@ -125,7 +129,9 @@ def tokenizer(
         overwrite=overwrite,
     )
     print(f"{output}: {trained.vocab_size:,} ids")
-    print(f"next: megafish prepare {' '.join(map(str, inputs))} --tokenizer {output} --output corpus")
+    suffixes = "".join(f" --text-suffix {suffix}" for suffix in text_suffix or ())
+    key = "" if text_key == "text" else f" --text-key {text_key}"
+    print(f"next: megafish prepare {' '.join(map(str, inputs))}{suffixes}{key} --tokenizer {output} --output corpus")
 
 
 @app.command(
@@ -194,7 +200,7 @@ def prepare(
     for split, entry in read_json(manifest_file)["splits"].items():
         print(f"{output}/{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
         if split == "valid" and entry["documents"] == 0:
-            print("no document fell into the validation split: --valid-fraction 0.05 or more documents would fill it")
+            print("no document fell into the validation split: a larger --valid-fraction or more text would fill it")
     print(f"next: megafish train tiny data.train={output}")
 
 
@@ -255,7 +261,7 @@ def train(
         if dry_run:
             from megafish.train.dry_run import dry_run as run_dry
 
-            report = run_dry(settings, world)
+            report = run_dry(settings, world, resume=resume)
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(f"{report}\nnext: the same command without --dry-run, started by the launcher")
             return
@@ -277,9 +283,12 @@ def train(
         else:
             # Stopped before it wrote its configuration there is no run yet that could be named.
             again = f"megafish train {outcome.run.path}" if outcome.run.config_file.is_file() else "the same command"
-            print(f"{where}; stopped by {outcome.signal.name}\nnext: {again}")
+            # Before the first step nothing is counted, also of a run that has checkpoints.
+            early = f"{outcome.run.path}: stopped by {outcome.signal.name} before the first step of this start"
+            print(f"{where}; stopped by {outcome.signal.name}" if outcome.spent.steps else early)
+            print(f"next: {again}")
     if outcome.signal is not None:
-        raise SystemExit(128 + outcome.signal)
+        raise _Stopped(128 + outcome.signal)
 
 
 @app.command(epilog="Example: megafish verify runs/tiny")

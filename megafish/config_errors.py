@@ -62,7 +62,8 @@ def allowed(annotation: Any, limits: list[Any] | None = None) -> str:
         return f"a list of {len(get_args(annotation))}, each {allowed(get_args(annotation)[0])}"
     if origin is list:
         inner = get_args(annotation)[0]
-        return "a list of sections" if section_in(inner) else f"a list, each entry {allowed(inner)}"
+        entries = "a list of sections" if section_in(inner) else f"a list, each entry {allowed(inner)}"
+        return ", ".join([entries, *_range(limits or [])])
     if annotation is NoneType:
         return "null"
     if annotation is bool:

@@ -72,11 +72,20 @@ class RunDir:
         name = self.latest_file.read_text(encoding="utf-8").strip()
         folder = self.checkpoints / name
         if not _STEP.match(name) or not folder.is_dir():
-            raise InputError(
-                f"{self.latest_file} names {name!r}, which is not in {self.checkpoints}: write one of "
-                f"{[f'step_{s:08d}' for s in self.steps()]} into it"
-            )
+            there = ", ".join(f"step_{step:08d}" for step in self.steps())
+            advice = f"write one of {there} into it" if there else "no checkpoint is left; start a new run"
+            raise InputError(f"{self.latest_file} names {name!r}, which is not in {self.checkpoints}: {advice}")
         return folder
+
+    def refuse_if_used(self) -> None:
+        """InputError where a run is here already, which a new one must not overwrite."""
+        # metrics.jsonl comes to be after config.yaml, so that what is refused here can always be continued.
+        if self.latest() or self.metrics_file.exists():
+            again = "" if self.latest() else " (it has no checkpoint yet and will start over)"
+            raise InputError(
+                f"{self.path} holds a run already: continue it with `megafish train {self.path}`{again}, or choose "
+                "another name=..."
+            )
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -24,6 +24,8 @@ from megafish.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megafish.errors import InputError
 from megafish.run import sha256_file
 
+_NO_CORPUS = "{path}: neither a folder written by `megafish prepare` nor the prefix of a .bin/.idx pair"
+
 
 class Window(NamedTuple):
     """Consecutive tokens of a stream. Each field has shape [n]."""
@@ -197,9 +199,7 @@ class Corpus:
     def _open_pair(self) -> None:
         bin_path, idx_path = file_pair(self.path)
         if not idx_path.is_file() and not bin_path.is_file():
-            raise InputError(
-                f"{self.path}: neither a folder written by `megafish prepare` nor the prefix of a .bin/.idx pair"
-            )
+            raise InputError(_NO_CORPUS.format(path=self.path))
         self.data = IndexedDataset(self.path)
         self._document_k = None
 
@@ -381,6 +381,9 @@ def run_tokenizer(config: DataConfig) -> Tokenizer:
         folder = Path(source.path)
         if folder.is_dir():
             return _stored_tokenizer(folder, read_manifest(folder))
+    for source in config.train:
+        if not any(file.is_file() for file in file_pair(Path(source.path))):
+            raise InputError(_NO_CORPUS.format(path=source.path))
     paths = ", ".join(source.path for source in config.train) or "none"
     raise InputError(
         f"data.tokenizer is not set, and no training corpus comes with a tokenizer ({paths}; bare .bin/.idx pairs have "

@@ -7,6 +7,7 @@ activations or any allowance, are larger than the memory. All else is an estimat
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,11 @@ def _container_limit() -> list[int]:
 
 def local_processes(world: int) -> int:
     """The run's processes on this machine, as far as the launcher says; else one, which refuses least."""
-    return min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # torchrun's name, the deepspeed launcher's, and Slurm's, which is a list of nodes: "8(x2),4".
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        if found := re.match(r"\d+", os.environ.get(name, "")):
+            return min(world, int(found[0]))
+    return 1
 
 
 def check_fits(config: Config, vocab_size: int, world: int, device: torch.device) -> MemoryPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from megafish.errors import InputError
@@ -106,8 +107,8 @@ def make_cluster(
             f"--gpus {gpus} is not a multiple of --gpus-per-node {per_node}: "
             f"use {gpus // per_node * per_node} or {-(-gpus // per_node) * per_node}"
         )
-    if network_gbps is not None and network_gbps <= 0:
-        raise InputError(f"--network-gbps {network_gbps:g}: must be above 0 (gigabits a second for each GPU)")
+    if network_gbps is not None and not 0 < network_gbps < math.inf:
+        raise InputError(f"--network-gbps {network_gbps:g}: must be a number above 0 (gigabits a second for each GPU)")
     network = found.network if network_gbps is None else network_gbps * 1e9 / 8
     host = None if host_memory_gib is None else host_memory_gib * GIB
     return Cluster(found, gpus, min(per_node, gpus), network, host)

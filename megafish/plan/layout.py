@@ -40,8 +40,9 @@ def offload(config: Config) -> Offload:
 
 
 def searched_tensor_degrees(config: Config, most: int) -> list[int]:
-    """The tensor-parallel degrees that a search tries on nodes of `most` GPUs: powers of two, and the one set."""
-    return sorted({degrees(config).tensor, *(2**n for n in range(most.bit_length()))})
+    """The tensor-parallel degrees that a search tries on nodes of `most` GPUs: powers of two that stay within a node,
+    and the one set."""
+    return sorted({degrees(config).tensor, *(2**n for n in range(most.bit_length()) if most % 2**n == 0)})
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,10 @@ def misfit(config: Config, layout: Layout) -> str | None:
     if layout.hpz > 1 and tensor > 1:
         return "zero_hpz_partition_size does not go together with tensor parallelism"
     if layout.hpz > 1 and layout.shards % layout.hpz:
-        return f"zero_hpz_partition_size={layout.hpz} does not divide the {layout.shards} processes that share weights"
+        return (
+            f"engine.deepspeed.zero_optimization.zero_hpz_partition_size={layout.hpz} does not divide the "
+            f"{layout.shards} data-parallel processes: take the GPUs of a node"
+        )
     if layout.offload_parameters and layout.stage != 3:
         return "weights are offloaded by ZeRO-3 alone: set engine.zero_stage=3"
     if layout.offload_optimizer and layout.stage == 0:

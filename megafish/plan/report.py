@@ -49,6 +49,7 @@ def plan_report(
     """The configuration's own layout in full, and the best layouts that a search finds. `price`: of a GPU and hour."""
     own = evaluate(config, vocab_size, layout, cluster, EFFICIENCY)
     candidates = search(config, vocab_size, cluster, EFFICIENCY)
+    fp32 = "" if layout.bf16 else "Times and MFU are those of bf16: train.precision=fp32 takes several times as long."
     parts = [
         _heading(config, vocab_size, cluster),
         f"As configured: {_name(layout)}",
@@ -56,6 +57,7 @@ def plan_report(
         time_table(own.step, cluster),
         traffic_table(own.step, cluster),
         _run_line(config, own.step, cluster, price),
+        fp32,
         _verdict(own),
         _search_section(config, candidates, cluster, price, best),
     ]

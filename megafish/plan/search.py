@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megafish.config import Config
+from megafish.config_deepspeed import complaints
 from megafish.plan.hardware import GIB, Cluster
 from megafish.plan.layout import Layout, degrees, layout_of, misfit, offload, searched_tensor_degrees
 from megafish.plan.memory import MemoryPlan, plan_memory
@@ -71,7 +73,9 @@ def search(config: Config, vocab_size: int, cluster: Cluster, efficiency: Effici
 
 def _layouts(config: Config, cluster: Cluster, offload: bool) -> Iterator[Layout]:
     base = _base(config, cluster)
-    stages = (1, 2, 3) if base.bf16 or offload else (0, 1, 2, 3)
+    stages = [stage for stage in (0, 1, 2, 3) if stage or not (base.bf16 or offload)]
+    # DeepSpeed's own keys stay, so a stage that would refuse them is no choice.
+    stages = [stage for stage in stages if not complaints(config.engine.deepspeed, stage, {})]
     for tensor in searched_tensor_degrees(config, cluster.gpus_per_node):
         replicas = cluster.gpus // (tensor * base.sequence)
         if replicas == 0 or config.train.global_batch_size % replicas:
@@ -106,7 +110,7 @@ def _base(config: Config, cluster: Cluster) -> Layout:
 
 def overrides(config: Config, layout: Layout) -> list[str]:
     """What to put on the command line to get this layout, where it differs from the configuration."""
-    own = degrees(config)
+    own, stored = degrees(config), offload(config)
     changed = [
         (f"engine.zero_stage={layout.stage}", layout.stage != config.engine.zero_stage),
         (f"engine.tensor_parallel={layout.tensor}", layout.tensor != own.tensor),
@@ -116,11 +120,22 @@ def overrides(config: Config, layout: Layout) -> list[str]:
             layout.checkpointing != config.train.activation_checkpointing,
         ),
         (
-            "engine.offload_optimizer=cpu",
-            layout.offload_optimizer and not offload(config).optimizer,
+            _place(config, "offload_optimizer", "offload_optimizer", layout.offload_optimizer),
+            layout.offload_optimizer != stored.optimizer,
+        ),
+        (
+            _place(config, "offload_parameters", "offload_param", layout.offload_parameters),
+            layout.offload_parameters != stored.parameters,
         ),
     ]
     return [text for text, needed in changed if needed]
+
+
+def _place(config: Config, name: str, section: str, offloaded: bool) -> str:
+    """The setting that offloads or keeps, where the configuration has it: with us, or among DeepSpeed's own keys."""
+    if offloaded or getattr(config.engine, name) == "cpu":
+        return f"engine.{name}={'cpu' if offloaded else 'none'}"
+    return f"engine.deepspeed.zero_optimization.{section}=null"
 
 
 def reasons(candidates: list[Candidate]) -> list[str]:
@@ -131,14 +146,9 @@ def reasons(candidates: list[Candidate]) -> list[str]:
         return [f"nothing fits; the nearest is {_name(nearest)}, which {nearest.fault}"]
     best = fitting[0]
     said: list[str] = []
-    for other in fitting[1:]:
-        if other.layout.stage != best.layout.stage and len(said) < 2:
-            said.append(_slower(best, other))
-            break
-    for other in fitting[1:]:
-        if other.layout.stage == best.layout.stage:
-            said.append(_slower(best, other))
-            break
+    for same_stage in (False, True):
+        others = (other for other in fitting[1:] if (other.layout.stage == best.layout.stage) is same_stage)
+        said += [_slower(best, other) for other in islice(others, 1)]
     faster = [c for c in candidates[: candidates.index(best)] if not c.fits]
     if faster:
         said.append(f"{_name(faster[0])} would be {_percent(best, faster[0])} faster, but {faster[0].fault}")

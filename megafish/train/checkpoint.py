@@ -249,6 +249,7 @@ def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], 
     latest, best = run.latest(), best_step(run, steps)
     good: list[int] = []
     damaged: list[int] = []
+    faults: list[str] = []
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("step", "GB", "validation loss", "", "state"):
         table.add_column(heading, justify="left" if heading in ("", "state") else "right", overflow="fold")
@@ -262,12 +263,21 @@ def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], 
             verdict = "good"
             good.append(step)
         except InputError as error:
-            verdict = f"damaged: {error}"
+            verdict = "damaged"
             damaged.append(step)
+            faults.append(f"step {step} damaged: {error}")
         marks = [mark for mark, marked in (("latest", folder == latest), ("best", step == best)) if marked]
         table.add_row(str(step), size, loss, " ".join(marks), verdict)
-    (console or Console()).print(table, highlight=False)
+    console = console or Console()
+    console.print(table, highlight=False)
+    for fault in faults:  # below the table, which would fold the paths
+        console.print(fault, highlight=False, soft_wrap=True)
     return good, damaged
+
+
+def identity(config: Config, data: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    """What a continuation must share with the run it continues (_FIXED), in JSON's types. `data`: mask and samples."""
+    return {**data, "model": config.model.model_dump(mode="json"), "optimizer": optimizer}
 
 
 def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> None:

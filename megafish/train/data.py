@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megafish.config import Config
-from megafish.data.corpus import SampleStream, open_train, open_valid, run_tokenizer
+from megafish.data.corpus import SampleStream, SourceSpec, open_train, open_valid, run_tokenizer
 from megafish.data.loader import IGNORE, Batch, EvalLoader, Loader, ReadOrder, StepBatch
 from megafish.data.quarantine import Quarantine
 from megafish.data.tokenizer import Tokenizer
@@ -21,15 +21,27 @@ from megafish.objective.goldfish import GoldfishMask
 from megafish.train.engine import Processes
 
 
+class Corpora(NamedTuple):
+    """What a run reads, the same for every process."""
+
+    train: list[SourceSpec]
+    valid: list[SourceSpec]
+    tokenizer: Tokenizer
+    mask: GoldfishMask
+    stream: SampleStream
+
+    def identity(self) -> dict[str, Any]:
+        """Mask and samples, as a checkpoint stores them and a resume compares them (JSON types)."""
+        return {"mask": self.mask.describe(), "data": self.stream.describe()}
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """The data of one run, as one process sees it."""
 
     config: Config
     processes: Processes
-    tokenizer: Tokenizer
-    mask: GoldfishMask
-    stream: SampleStream
+    corpora: Corpora
     loader: Loader
     valid: EvalLoader | None
     """None where no corpus has validation text."""
@@ -51,9 +63,14 @@ class TrainingData:
         """UTF-8 bytes that each token stands for, int64 [vocabulary]."""
         return torch.from_numpy(np.ascontiguousarray(self.tokenizer.token_bytes))
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's."""
+        return self.corpora.tokenizer
+
     def identity(self) -> dict[str, Any]:
-        """Mask and samples, as a checkpoint stores them and a resume compares them (JSON types)."""
-        return {"mask": self.mask.describe(), "data": self.stream.describe()}
+        """What of the data a continuation must share with the run it continues."""
+        return self.corpora.identity()
 
     def check_order(self, order: ReadOrder) -> None:
         """Compute the hash of a checkpoint's last global batch anew; InputError where the order is not that run's."""
@@ -67,7 +84,7 @@ class TrainingData:
 
     def epoch(self, consumed: int) -> float:
         """Passes over the data once `consumed` samples are read (of several sources, over the most repeated)."""
-        return max(self.stream.epochs(consumed))
+        return max(self.corpora.stream.epochs(consumed))
 
     def steps(
         self, consumed: int, without: Quarantine, give_up: Callable[[], bool]
@@ -111,15 +128,27 @@ class TrainingData:
         }
 
 
-def open_data(config: Config, processes: Processes) -> TrainingData:
+def open_corpora(config: Config) -> Corpora:
     """Open everything that `config` names. Raises InputError for what is missing, damaged or does not fit."""
     train, valid = open_train(config.data), open_valid(config.data)
     tokenizer = run_tokenizer(config.data)
     for source in (*train, *valid):
         source.corpus.check_tokenizer(tokenizer)
+    if config.checkpoint.keep_best and not valid:
+        raise InputError(
+            "checkpoint.keep_best needs validation text, and no corpus of data.train or data.valid has any: set "
+            "checkpoint.keep_every, or prepare the corpus with --valid-fraction"
+        )
     mask = GoldfishMask(config.goldfish, tokenizer)
+    stream = SampleStream(train, config.data.sequence_length, config.data.seed, mask.halo)
+    return Corpora(train, valid, tokenizer, mask, stream)
+
+
+def open_data(config: Config, processes: Processes) -> TrainingData:
+    """Open everything that `config` names, and the loaders of this process. Raises InputError as open_corpora does."""
+    corpora = open_corpora(config)
+    train, valid, _, mask, stream = corpora
     length, batch = config.data.sequence_length, config.train.micro_batch_size
-    stream = SampleStream(train, length, config.data.seed, mask.halo)
     ranks = (processes.mesh.data.rank, processes.mesh.data.size)
     seen = valid_loader = None
     masked = config.goldfish.k is not None or any(
@@ -130,17 +159,10 @@ def open_data(config: Config, processes: Processes) -> TrainingData:
     if valid:
         valid_stream = SampleStream(valid, length, seed=0)
         valid_loader = EvalLoader(valid_stream, config.eval.sequences, batch, *ranks)
-    elif config.checkpoint.keep_best:
-        raise InputError(
-            "checkpoint.keep_best needs validation text, and no corpus of data.train or data.valid has any: set "
-            "checkpoint.keep_every, or prepare the corpus with --valid-fraction"
-        )
     return TrainingData(
         config,
         processes,
-        tokenizer,
-        mask,
-        stream,
+        corpora,
         Loader(stream, mask, batch, config.train.global_batch_size, *ranks, prefetch=config.data.prefetch),
         valid_loader,
         seen,

@@ -10,33 +10,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim import AdamW
 
 from megafish.config import Config
-from megafish.data.corpus import SampleStream, open_train, run_tokenizer
 from megafish.data.order import Locations
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
-from megafish.objective.goldfish import GoldfishMask
 from megafish.plan.hardware import GIB
 from megafish.plan.layout import Device, Layout, layout_of
 from megafish.plan.memory import kept_share, plan_memory
 from megafish.plan.states import parameters_of
 from megafish.plan.vocabulary import planned_vocab_size
-from megafish.train.engine import deepspeed_config
+from megafish.run import RunDir
+from megafish.train.checkpoint import check_resume, identity, load_state
+from megafish.train.data import open_corpora
+from megafish.train.engine import check_deepspeed_keys, deepspeed_config
+from megafish.train.muon import Muon
+from megafish.train.profile import check_ranks
 from megafish.train.schedule import Budget, warmup_fraction
 
 GPUS_PER_NODE = 8
-"""Where the launcher's environment does not say."""
+"""At most, where the launcher's environment does not say."""
 
 
-def dry_run(config: Config, world: int | None) -> str:
+def dry_run(config: Config, world: int | None, *, resume: bool = False) -> str:
     """Check a run on `world` processes (default: as many as the launcher started, or 1) and describe it.
 
-    Raises InputError for whatever the run itself would refuse.
+    `resume`: of a run directory that may be there already. Raises InputError for what the run would refuse: run
+    directory, sizes, DeepSpeed's keys and data, but for the memory, the wandb account and the disk of the machines that
+    it will have.
     """
     launcher, world = _launcher(world)
     device: Device = "cpu" if config.train.device == "cpu" else "cuda"
+    run = RunDir(config.run_path)
+    if not resume:
+        run.refuse_if_used()
     layout = layout_of(config, world, device)
+    check_ranks(config.profile, world)
+    # Which keys there are does not depend on how many processes share the batch.
+    check_deepspeed_keys(config, deepspeed_config(config, 1, device))
     vocab_size = planned_vocab_size(config)
     model = _meta_model(config, vocab_size)
     warmup = warmup_fraction(config, Budget.from_config(config))
@@ -47,7 +59,7 @@ def dry_run(config: Config, world: int | None) -> str:
         *_batch_lines(config, layout, warmup),
         *_shard_lines(config, vocab_size, layout, model),
         *_memory_lines(config, vocab_size, layout),
-        *_order_lines(config, layout),
+        *_data_lines(config, layout, run),
     ]
     return "\n".join(lines)
 
@@ -69,10 +81,8 @@ def _launcher(world: int | None) -> tuple[str, int]:
         name, found = "srun", tasks
     else:
         world = 1 if world is None else world
-        per_node = min(world, GPUS_PER_NODE)
-        nodes = -(-world // per_node)
-        if world % per_node:
-            raise InputError(f"world={world}: {nodes} nodes of {per_node} processes hold {nodes * per_node}: use that")
+        per_node = max(n for n in range(1, GPUS_PER_NODE + 1) if world % n == 0)
+        nodes = world // per_node
         if world == 1:
             return "this process alone, no launcher", world
         where = "" if nodes == 1 else f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
@@ -157,15 +167,17 @@ def _memory_lines(config: Config, vocab_size: int, layout: Layout) -> Iterator[s
     )
 
 
-def _order_lines(config: Config, layout: Layout) -> Iterator[str]:
+def _data_lines(config: Config, layout: Layout, run: RunDir) -> Iterator[str]:
     if not config.data.train:
         yield "data: no corpus is named (data.train=...), so the order of samples is not checked"
         return
-    train, tokenizer = open_train(config.data), run_tokenizer(config.data)
-    for source in train:
-        source.corpus.check_tokenizer(tokenizer)
-    mask = GoldfishMask(config.goldfish, tokenizer)
-    stream = SampleStream(train, config.data.sequence_length, config.data.seed, mask.halo)
+    corpora = open_corpora(config)
+    train, stream = corpora.train, corpora.stream
+    latest = run.latest()
+    if latest is not None:
+        optimizer = {"adamw": AdamW, "muon": Muon}[config.optimizer.name].__name__
+        check_resume(load_state(latest), identity(config, corpora.identity(), optimizer), run)
+        yield f"continues: {latest}"
     steps, about = _steps(config)
     batch = config.train.global_batch_size
     epochs = stream.epochs(steps * batch)

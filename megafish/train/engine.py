@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -31,6 +32,7 @@ from megafish.errors import InputError
 from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
 from megafish.model.parallel import gradient_norm
 from megafish.model.transformer import Transformer
+from megafish.plan.check import local_processes
 from megafish.train.host import available_memory, keep_freed_memory
 from megafish.train.muon import Muon
 from megafish.train.optim import build_optimizer
@@ -386,7 +388,7 @@ def _check_offload(config: Config, parameters: int, processes: Processes) -> Non
         wanted += 4 + 4 + (8 if config.optimizer.name == "adamw" else 4)
     if engine.offload_parameters == "cpu":
         wanted += 2 if config.train.precision == "bf16" else 4
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    on_node = local_processes(processes.world_size)
     needed = wanted * parameters * on_node // processes.mesh.replicas.size
     free = available_memory() if wanted else 0
     if needed > free:
@@ -414,14 +416,48 @@ def _checked_settings(
             f"engine.deepspeed.zero_optimization.zero_hpz_partition_size={share} does not divide the "
             f"{replicas} data-parallel processes: take the GPUs of a node"
         )
-    if config.engine.deepspeed:
-        try:
-            with redirect_stdout(io.StringIO()):
-                _deepspeed().DeepSpeedConfig(settings, mpu)
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"engine.deepspeed: refused by DeepSpeed: {reason[:300]}") from None
+    check_deepspeed_keys(config, settings, mpu)
     return settings
+
+
+def check_deepspeed_keys(config: Config, settings: dict[str, Any], mpu: ModelParallelUnit | None = None) -> None:
+    """InputError with what DeepSpeed itself refuses of `settings`, if the user gave keys of its own. Without a process
+    group DeepSpeed takes itself for the only process."""
+    if not config.engine.deepspeed:
+        return
+    read, deepspeed = _ReadKeys(settings), _deepspeed()
+    refusals = ValueError, AssertionError, KeyError, TypeError, deepspeed.runtime.config.DeepSpeedConfigError
+    try:
+        with redirect_stdout(io.StringIO()):
+            deepspeed.DeepSpeedConfig(read, mpu)
+    except refusals as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise InputError(f"engine.deepspeed: refused by DeepSpeed: {reason[:300]}") from None
+    # Inside its sections DeepSpeed refuses what it does not know; a whole section it passes over.
+    if unknown := sorted(set(config.engine.deepspeed) - read.asked):
+        raise InputError(f"engine.deepspeed: DeepSpeed has no key {', '.join(unknown)}: remove it, or mend its name")
+
+
+class _ReadKeys(dict[str, Any]):
+    """DeepSpeed's settings, which remember for which keys they were asked (copies remember with the original)."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
 
 
 def deepspeed_config(

@@ -24,7 +24,7 @@ from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
 from megafish.progress import format_quantity
 from megafish.run import RunDir
-from megafish.train.checkpoint import changed_settings, set_aside
+from megafish.train.checkpoint import changed_settings, identity, set_aside
 from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
@@ -97,7 +97,7 @@ def train(
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
-        restorer = Restorer(run, engine, data, guard, _identity(config, data, engine))
+        restorer = Restorer(run, engine, data, guard, identity(config, data.identity(), engine.optimizer_name))
         point = restorer.restore() if resume else Restored()
         spent, order, owed = point.spent, point.order, point.owes_evaluation
         saved, rollbacks = spent.steps, 0
@@ -318,13 +318,8 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
     if not processes.is_main:
         return
     stack.enter_context(run.lock())
-    # metrics.jsonl comes to be after config.yaml, so that what is refused here can always be continued.
-    if not resume and (run.latest() or run.metrics_file.exists()):
-        again = "" if run.latest() else " (it has no checkpoint yet and will start over)"
-        raise InputError(
-            f"{run.path} holds a run already: continue it with `megafish train {run.path}`{again}, or choose another "
-            "name=..."
-        )
+    if not resume:
+        run.refuse_if_used()
 
 
 def _open_tracker(
@@ -373,15 +368,6 @@ def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
 
 def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _identity(config: Config, data: TrainingData, engine: Engine) -> dict[str, Any]:
-    """What a continuation must share with the run it continues."""
-    return {
-        **data.identity(),
-        "model": config.model.model_dump(mode="json"),
-        "optimizer": engine.optimizer_name,
-    }
 
 
 def _memory_bytes(processes: Processes) -> int:

@@ -128,6 +128,12 @@ class CommunicationTimer:
         setattr(owner, name, timed)
 
 
+def check_ranks(config: ProfileConfig, world_size: int) -> None:
+    """InputError where processes are to record that a run of this size does not have."""
+    if unknown := [number for number in config.ranks if number >= world_size]:
+        raise InputError(f"profile.ranks={unknown}: this run has the processes 0 to {world_size - 1}")
+
+
 class Profiler:
     """Follows the loop by `begin(phase)` and `end_step`, which return at once where nothing is asked for."""
 
@@ -141,8 +147,7 @@ class Profiler:
                 "profile.memory_step records the allocations of a GPU, and this run is on a CPU: set it to null (the "
                 "peak of the resident memory is in metrics.jsonl)"
             )
-        if unknown := [number for number in config.ranks if number >= world_size]:
-            raise InputError(f"profile.ranks={unknown}: this run has the processes 0 to {world_size - 1}")
+        check_ranks(config, world_size)
         self.config = config
         self.folder = folder
         self.rank = rank
@@ -192,13 +197,13 @@ class Profiler:
 
     def end_step(self) -> dict[str, float]:
         """Close the step. Returns its seconds by phase for metrics.jsonl: nothing where phases are off."""
+        self.step += 1
         if not self._on:
             return {}
         if self.config.phases:
             self._marks.append(("", self._clock.now()))
         self._leave_range()
-        self._stop_recording(unless_step=self.step + 1)
-        self.step += 1
+        self._stop_recording(unless_step=self.step)
         self._in_step = False
         if self._communication is None:
             return {}
@@ -231,7 +236,10 @@ class Profiler:
         for path in self.files:
             viewer = "https://ui.perfetto.dev" if path.suffix == ".json" else "https://pytorch.org/memory_viz"
             lines.append(f"next: open {path} in {viewer}")
+        others = [rank for rank in self.config.ranks if rank != self.rank]
         for name, start in (("trace_step", self.config.trace_step), ("memory_step", self.config.memory_step)):
+            if start is not None and others and self.first_step <= start < self.step:
+                lines.append(f"profile.{name}={start}: the files of the processes {others} are in {self.folder}")
             if start is not None and not self.first_step <= start < self.step:
                 lines.append(
                     f"profile.{name}={start}: nothing recorded, this was not among the steps {self.first_step} to "

@@ -97,10 +97,9 @@ class Saver:
         together(lambda: make_room(temporary, int(own)) if processes.is_main else None)
         if self.config.asynchronous and not wait:
             pieces = self._copy(pieces)
-        self._job = _Job(self, temporary, state, pieces)
+        self._job = _Job(self, temporary, state, pieces, started)
         self._job.start()
         if wait or not self.config.asynchronous:
-            self._job.began = started
             self.finish()
         else:
             self._job.stall = time.perf_counter() - started
@@ -165,14 +164,14 @@ class Saver:
 class _Job:
     """One checkpoint on its way."""
 
-    def __init__(self, saver: Saver, temporary: Path, state: dict[str, Any], pieces: list[Piece]) -> None:
+    def __init__(self, saver: Saver, temporary: Path, state: dict[str, Any], pieces: list[Piece], began: float) -> None:
         self.saver = saver
         self.temporary = temporary
         self.state = state
         self.pieces = pieces
         self.error: BaseException | None = None
         self.bytes = 0
-        self.began = time.perf_counter()
+        self.began = began
         self.stall: float | None = None
         self._part = 0
         self._thread: threading.Thread | None = None

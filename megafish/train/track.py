@@ -203,4 +203,5 @@ class _Display:
         )
 
     def print(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        # A line stays one line in a log.
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)

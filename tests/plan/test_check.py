@@ -7,7 +7,7 @@ import torch
 
 from megafish.config import load_config
 from megafish.errors import InputError
-from megafish.plan.check import Room, check_fits, refuse_if_too_large, room_here
+from megafish.plan.check import Room, check_fits, local_processes, refuse_if_too_large, room_here
 from megafish.plan.layout import layout_of
 from megafish.plan.memory import plan_memory
 
@@ -55,3 +55,14 @@ def test_keys_that_change_the_states_switch_the_refusal_off(keys: str) -> None:
 
 def test_processes_share_main_memory() -> None:
     assert room_here(CPU, 4).device == pytest.approx(room_here(CPU, 1).device / 4)
+
+
+def test_processes_of_a_node_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert local_processes(16) == 1
+    for name, value in zip(reversed(names), ("8(x2),4", "6", "4"), strict=True):
+        monkeypatch.setenv(name, value)
+        assert local_processes(16) == int(value[0])
+    assert local_processes(2) == 2

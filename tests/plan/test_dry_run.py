@@ -70,17 +70,46 @@ def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ("settings", "words"),
     [
         (["world=7"], "not a multiple"),
-        (["world=12"], "nodes of 8"),
         (["world=none"], "whole number"),
         (["world=8", "world=16"], "given twice"),
         (["world=8", "data.train=nowhere"], "nowhere"),
         (["world=8", "schedule.warmup_steps=10"], "warmup"),
+        (["world=8", "profile.ranks=[8]"], "processes 0 to 7"),
+        (["world=8", "engine.deepspeed.zero_optimization.overlap_com=true"], "overlap_com: "),
     ],
 )
 def test_mistakes_are_one_line(
     settings: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(["train", "7b", "--dry-run", *settings], monkeypatch, capsys)
+
+
+def test_nodes_are_as_large_as_the_processes_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    text = dry_run(load_config("7b", ["train.global_batch_size=12", "train.micro_batch_size=1"]), 12)
+    assert "--nproc-per-node 6 " in text and "(2 nodes)" in text
+
+
+def test_refuses_the_data_and_the_directory_that_the_run_would(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = tmp_path / "run"
+    settings = [f"data.train={corpus}", f"run_dir={run}", "train.steps=10", "data.sequence_length=64"]
+    with pytest.raises(InputError, match="nowhere: neither a folder"):
+        dry_run(load_config("tiny", [*settings, "data.valid=nowhere"]), 4)
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="holds a run already"):
+        dry_run(load_config("tiny", settings), 4)
+    assert "10 steps" in dry_run(load_config("tiny", settings), 4, resume=True)
+    # As much of a checkpoint as a dry run reads.
+    folder = run / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"model": {}}', encoding="utf-8")
+    (run / "latest").write_text(folder.name, encoding="utf-8")
+    with pytest.raises(InputError, match="cannot resume"):
+        dry_run(load_config("tiny", settings), 4, resume=True)
 
 
 def test_world_must_agree_with_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -32,6 +33,22 @@ def test_overrides_give_the_winner() -> None:
     config, cluster = load_config("7b"), make_cluster("h100", 8)
     winner = next(candidate for candidate in search(config, 32000, cluster, EFFICIENCY) if candidate.fits)
     again = load_config("7b", overrides(config, winner.layout))
+    assert layout_of(again, 8, "cuda") == winner.layout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"],
+        ["engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+        ["engine.deepspeed.zero_optimization.stage3_max_reuse_distance=1000"],
+    ],
+)
+def test_overrides_take_back_offload_and_leave_deepspeeds_keys(settings: list[str]) -> None:
+    config, cluster = load_config("1b", ["engine.zero_stage=3", *settings]), make_cluster("h100", 8)
+    winner = next(candidate for candidate in search(config, 32000, cluster, EFFICIENCY) if candidate.fits)
+    assert not winner.layout.offload_optimizer
+    again = load_config("1b", ["engine.zero_stage=3", *settings, *overrides(config, winner.layout)])
     assert layout_of(again, 8, "cuda") == winner.layout
 
 
@@ -92,6 +109,7 @@ def test_impossible_layouts_are_refused_in_one_line(gpus: int, settings: list[st
         ({"gpu": "h10", "gpus": 8}, "did you mean h100"),
         ({"gpu": "h100", "gpus": 12, "gpus_per_node": 8}, "use 8 or 16"),
         ({"gpu": "h100", "gpus": 16, "network_gbps": 0.0}, "above 0"),
+        ({"gpu": "h100", "gpus": 16, "network_gbps": math.nan}, "above 0"),
     ],
 )
 def test_impossible_clusters_are_refused(options: dict[str, object], words: str) -> None:

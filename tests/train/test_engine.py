@@ -9,7 +9,7 @@ from megafish.config import load_config
 from megafish.errors import InputError
 from megafish.model.mesh import Axis, Mesh
 from megafish.model.transformer import Transformer
-from megafish.train.engine import Processes, _check_offload, deepspeed_config
+from megafish.train.engine import Processes, _check_offload, check_deepspeed_keys, deepspeed_config
 from megafish.train.optim import build_optimizer
 
 SHAPE = ["model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48, qk_norm: true, qkv_bias: true}"]
@@ -98,3 +98,20 @@ def test_offloading_more_than_the_node_has_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match=r"8\.8 GB of this node's memory are needed, 8\.0 GB are free"):
         _check_offload(config, 11 * 10**8, processes)
     _check_offload(load_config("tiny"), 10**12, processes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("{zero_optimization: {overlap_com: true}}", "refused by DeepSpeed: overlap_com: Extra inputs"),
+        ("{wall_clock_brakedown: true}", "no key wall_clock_brakedown"),
+        ("{nebula: {enabled: false}}", "refused by DeepSpeed: Nebula"),
+    ],
+)
+def test_keys_that_deepspeed_does_not_know_are_refused(keys: str, words: str) -> None:
+    config = load_config("tiny", ["engine.zero_stage=2", f"engine.deepspeed={keys}"])
+    with pytest.raises(InputError, match=words) as caught:
+        check_deepspeed_keys(config, deepspeed_config(config, 1))
+    assert "\n" not in str(caught.value)
+    known = load_config("tiny", ["engine.deepspeed={wall_clock_breakdown: true, comms_logger: {enabled: true}}"])
+    check_deepspeed_keys(known, deepspeed_config(known, 1))

@@ -120,6 +120,10 @@ def test_communication_is_the_time_spent_standing_still(tmp_path: Path) -> None:
 def test_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="memory_step records the allocations of a GPU"):
         profiler(tmp_path, memory_step=3)
+    with profiler(tmp_path, trace_step=1, ranks=[1]) as ours:  # this is process 0
+        ours.begin("data")
+        ours.end_step()
+    assert ours.report() == [f"profile.trace_step=1: the files of the processes [1] are in {tmp_path}"]
     with pytest.raises(InputError, match=r"profile.ranks=\[2, 5\]: this run has the processes 0 to 1"):
         profiler(tmp_path, trace_step=3, ranks=[0, 2, 5])
 
