@@ -66,7 +66,7 @@ def test_a_level_that_has_risen_for_good_is_accepted_after_a_few_steps() -> None
     made = StepGuard(GuardConfig())
     for _ in range(128):
         made.accept(3.0, math.exp(0.1 * rng.standard_normal()))
-    norm = math.exp(1.25)
+    norm = math.exp(2.15)
     assert made.fault(3.0, norm) is not None
     refused = 0
     while made.fault(3.0, norm) is not None:
@@ -84,8 +84,8 @@ def test_a_loss_that_hardly_varies_is_left_its_rounding() -> None:
     made = fill(guard(), [3.0] * 8)
     assert made.fault(3.0 * 1.0149, 1.0) is None
     assert made.fault(3.0 * 1.0151, 1.0) is not None
-    assert made.fault(3.0, math.exp(0.599)) is None
-    assert made.fault(3.0, math.exp(0.601)) is not None
+    assert made.fault(3.0, math.exp(1.049)) is None
+    assert made.fault(3.0, math.exp(1.051)) is not None
 
 
 def test_the_usual_course_of_a_run_is_never_refused() -> None:
