@@ -97,7 +97,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from megafish.config import load_config
-    from megafish.train import loop
+    from megafish.train import loop, recovery
     from megafish.train.data import TrainingData
     from megafish.train.spikes import StepGuard
     from megafish.train.track import Tracker
@@ -108,7 +108,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     switch.wrap(Watchdog, "mark", None)
     switch.wrap(StepGuard, "fault", None)
     switch.wrap(StepGuard, "accept", None)
-    switch.wrap(loop, "largest", 0)
+    switch.wrap(recovery, "largest", 0)
     switch.wrap(Tracker, "log", None)
     switch.wrap(Tracker, "show", None)
 
@@ -127,14 +127,14 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             yield batch
 
     TrainingData.steps = marked  # type: ignore[method-assign]
-    check = loop._check_replicas
+    check = loop.check_replicas
 
     def timed_check(*args: Any) -> None:
         begin = time.perf_counter()
         check(*args)
         switch.check_seconds.append(time.perf_counter() - begin)
 
-    loop._check_replicas = timed_check
+    loop.check_replicas = timed_check
     shape, folder = job["shape"], Path(job["folder"])
     run = folder / f"run_{job['processes']}"
     loop.train(
