@@ -62,7 +62,7 @@ def activations_of(config: Config, vocab_size: int, layout: Layout, kept_fractio
     head = (
         _cpu_head(config, vocab_size, layout, rows)
         if layout.device == "cpu"
-        else _cuda_head(config, vocab_size, layout, tokens, kept)
+        else _cuda_head(config, vocab_size, layout, tokens)
     )
     return Activations(blocks + ends, block, head, _backward_bytes(model, tokens, layout))
 
@@ -106,7 +106,7 @@ def _backward_bytes(model: ModelConfig, tokens: int, layout: Layout) -> float:
     return float(tokens * numbers * weight)
 
 
-def _cuda_head(config: Config, vocab_size: int, layout: Layout, tokens: int, kept: int) -> float:
+def _cuda_head(config: Config, vocab_size: int, layout: Layout, tokens: int) -> float:
     """linear_cross_entropy with Triton: see megafish_kernels.cost. The number of kept tokens stays on the device, so
     that there is room for every token."""
     width = config.model.hidden_size

@@ -81,7 +81,7 @@ def plan_memory(
     always = {"parameters": states.parameters, "masters": states.masters, "moments": states.moments}
     moments = {
         "forward": _forward(parameters, states, acts, layout),
-        "backward": _backward(config, parameters, states, acts, layout),
+        "backward": _backward(parameters, states, acts, layout),
         "reduction": _reduction(config, parameters, states, acts, layout),
         "update": _update(parameters, states, layout),
     }
@@ -165,9 +165,7 @@ def _forward(parameters: Parameters, states: States, acts: Activations, layout: 
     }
 
 
-def _backward(
-    config: Config, parameters: Parameters, states: States, acts: Activations, layout: Layout
-) -> dict[str, float]:
+def _backward(parameters: Parameters, states: States, acts: Activations, layout: Layout) -> dict[str, float]:
     head_weight = layout.itemsize * max(parameters.kept[-1], parameters.decayed[-1])
     fresh = 0.0 if layout.stage == 1 and layout.bf16 else float(head_weight)
     return {

@@ -54,12 +54,12 @@ def plan_report(
         _heading(config, vocab_size, cluster),
         f"As configured: {_name(layout)}",
         memory_table(own.memory, cluster),
-        time_table(own.step, cluster),
+        time_table(own.step),
         traffic_table(own.step, cluster),
         _run_line(config, own.step, cluster, price),
         fp32,
         _verdict(own),
-        _search_section(config, candidates, cluster, price, best),
+        _search_section(config, candidates, cluster, best),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -88,7 +88,7 @@ def memory_table(memory: MemoryPlan, cluster: Cluster) -> str:
     return table([f"memory of a process (at the {memory.moment})", "GiB"], rows)
 
 
-def time_table(step: StepTime, cluster: Cluster) -> str:
+def time_table(step: StepTime) -> str:
     """Parts of a step."""
     names = {
         "products": "matrix products",
@@ -137,9 +137,7 @@ def _verdict(own: Candidate) -> str:
     return "It fits." if own.fits else f"It does not fit: {own.fault}."
 
 
-def _search_section(
-    config: Config, candidates: list[Candidate], cluster: Cluster, price: float | None, best: int
-) -> str:
+def _search_section(config: Config, candidates: list[Candidate], cluster: Cluster, best: int) -> str:
     if not candidates:
         return (
             f"No layout divides train.global_batch_size={config.train.global_batch_size} over {cluster.gpus} GPUs: "
