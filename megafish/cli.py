@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megafish import __version__
 from megafish.errors import InputError
+from megafish.jobs import cli as jobs_cli
 
 app = typer.Typer(
     help="Pretrain language models that cannot recite their training data, and prove it.",
@@ -238,7 +239,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
-    from megafish.train.guard import EXIT_CORRUPT, StopRequest
+    from megafish.train.guard import EXIT_CORRUPT, EXIT_DIVERGED, StopRequest
 
     # Before all that is slow, so that a signal is answered in the same way from the first moment on.
     with StopRequest() as stop:
@@ -275,7 +276,7 @@ def train(
         except (Diverged, ReplicasDiffer) as error:
             if os.environ["RANK"] == "0":
                 print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else 1) from None
+            raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else EXIT_DIVERGED) from None
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
         if outcome.signal is None:
@@ -316,6 +317,9 @@ def _dry_world(overrides: list[str], world: int | None) -> tuple[list[str], int 
     if not given[0].isdigit() or int(given[0]) < 1:
         raise InputError(f"world={given[0]}: must be a whole number of processes, at least 1")
     return [word for word in overrides if not word.startswith("world=")], int(given[0])
+
+
+jobs_cli.add_to(app)
 
 
 @app.command(epilog="Examples: megafish plan 7b --gpu h100 --gpus 64 | megafish plan --calibration")

@@ -172,7 +172,7 @@ _BUDGETS = ("steps", "tokens", "supervised_tokens")
 
 def preset_names() -> list[str]:
     """Names of the configurations that ship with megafish."""
-    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -199,6 +199,23 @@ def dump_config(config: Config, *, with_help: bool = False) -> str:
     return "\n".join(_lines_with_help(config, "")) + "\n"
 
 
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """In what two configurations of a run differ, one phrase a setting. Where it lies is no change."""
+    before, after = (config.model_dump(mode="json", exclude={"run_dir"}) for config in (old, new))
+    return differences(before, after, "")
+
+
+def differences(old: Any, new: Any, path: str) -> list[str]:
+    """The leaves in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                found += differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+        return found
+    return [f"{path} was {old!r}, is {new!r}"]
+
+
 def json_schema() -> str:
     """JSON schema of a configuration file, for editors (`# yaml-language-server: $schema=...`).
 
@@ -220,11 +237,16 @@ _SOURCE_SCHEMA = [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}]
 _SOURCES_SCHEMA = [*_SOURCE_SCHEMA, {"type": "array", "items": {"anyOf": _SOURCE_SCHEMA}}, {"type": "null"}]
 
 
-def _preset_folder() -> Path:
-    """A wheel holds the presets inside the package; in a checkout (editable install) they lie beside it."""
+def config_folder() -> Path:
+    """Where presets, cluster profiles and sweeps lie."""
+    return shipped_folder("configs")
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder that ships with megafish: inside the package in a wheel, beside it in a checkout (editable install)."""
     package = Path(__file__).resolve().parent
-    packaged = package / "configs"
-    return packaged if packaged.is_dir() else package.parent / "configs"
+    packaged = package / name
+    return packaged if packaged.is_dir() else package.parent / name
 
 
 def _read(source: str, folder: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -238,7 +260,7 @@ def _read(source: str, folder: Path, readers: tuple[Path, ...]) -> dict[str, Any
             asked = f"{readers[-1]}: extends" if readers else "no configuration"
             file = "a YAML file" if readers else "a YAML file or a run directory"
             raise InputError(f"{asked} {source!r}{hint}: give {file} that exists, or one of {', '.join(names)}")
-        path = _preset_folder() / f"{source}.yaml"
+        path = config_folder() / f"{source}.yaml"
     path = path.resolve()
     if path in readers:
         raise InputError(f"{path}: extends itself by way of {readers[-1]}")

@@ -1,7 +1,7 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
-config.yaml   metrics.jsonl   latest   checkpoints/step_00001000/   audit/   report.html   plots/
-quarantine.jsonl   logs/   profile/   tensorboard/   wandb/   wandb_id   .lock
+config.yaml   metrics.jsonl   status.json   latest   checkpoints/step_00001000/   audit/   report.html   plots/
+quarantine.jsonl   logs/   profile/   tensorboard/   wandb/   wandb_id   job.json   submit.sbatch   .lock
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ class RunDir:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.status_file = self.path / "status.json"
+        self.job_file = self.path / "job.json"
+        self.batch_script = self.path / "submit.sbatch"
         self.latest_file = self.path / "latest"
         self.checkpoints = self.path / "checkpoints"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.logs = self.path / "logs"
+        self.attempts_file = self.logs / "attempts.jsonl"
         self.audit = self.path / "audit"
         self.profile = self.path / "profile"
         self.report_file = self.path / "report.html"
@@ -76,6 +80,10 @@ class RunDir:
             advice = f"write one of {there} into it" if there else "no checkpoint is left; start a new run"
             raise InputError(f"{self.latest_file} names {name!r}, which is not in {self.checkpoints}: {advice}")
         return folder
+
+    def log_of(self, rank: int) -> Path:
+        """What a process of a launched run printed."""
+        return self.logs / f"rank_{rank:05d}.log"
 
     def refuse_if_used(self) -> None:
         """InputError where a run is here already, which a new one must not overwrite."""

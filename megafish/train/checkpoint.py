@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megafish.config import CheckpointConfig, Config
+from megafish.config import CheckpointConfig, Config, differences
 from megafish.errors import InputError
 from megafish.model.load import WEIGHTS, WEIGHTS_INDEX
 from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
@@ -284,14 +284,8 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> Non
     """Refuse a continuation that would not be the same run, naming each value that differs."""
     for key, meaning in _FIXED.items():
         if saved.get(key) != now[key]:
-            difference = "; ".join(_differences(saved.get(key), now[key], key))
+            difference = "; ".join(differences(saved.get(key), now[key], key))
             raise InputError(f"cannot resume {run.path}: {meaning} ({difference}): undo the change, or start a new run")
-
-
-def changed_settings(old: Config, new: Config) -> list[str]:
-    """What a continued run does otherwise than before, one phrase a setting. Where it lies is no change."""
-    before, after = (config.model_dump(mode="json", exclude={"run_dir"}) for config in (old, new))
-    return _differences(before, after, "")
 
 
 def set_aside(run: RunDir, step: int) -> list[int]:
@@ -307,14 +301,3 @@ def set_aside(run: RunDir, step: int) -> list[int]:
             shutil.rmtree(aside)
         os.replace(folder, aside)
     return later
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    """The leaves in which two JSON values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                found += _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-        return found
-    return [f"{path} was {old!r}, is {new!r}"]

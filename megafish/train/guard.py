@@ -9,6 +9,8 @@ import signal
 import time
 from types import FrameType
 
+EXIT_DIVERGED = 65
+"""Going back to a checkpoint did not help against bad steps (EX_DATAERR of sysexits.h)."""
 EXIT_CORRUPT = 74
 """Replicas of the weights differ: a device or its memory is at fault (EX_IOERR of sysexits.h)."""
 EXIT_STALLED = 75

@@ -15,16 +15,17 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megafish.config import Config
+from megafish.config import Config, changed_settings
 from megafish.data.loader import StepBatch
 from megafish.errors import InputError
+from megafish.life import Announcement
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.transformer import Transformer
 from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
 from megafish.progress import format_quantity
 from megafish.run import RunDir
-from megafish.train.checkpoint import changed_settings, identity, set_aside
+from megafish.train.checkpoint import identity, set_aside
 from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
@@ -70,14 +71,22 @@ def train(
         stop = stop or stack.enter_context(StopRequest())
         processes = start_processes(config.train.device, config.engine.tensor_parallel, config.engine.sequence_parallel)
         run = RunDir(config.run_path)
-        together(lambda: _claim(run, processes, resume, stack))
+        life = together(lambda: _claim(run, processes, resume, stack))
+
+        def ended(spent: Spent, number: int) -> Outcome:
+            """The run leaves: its budget is used up, or signal `number` (0: none) stopped it."""
+            signal = Signals(number) if number else None
+            if life is not None:
+                life.end(signal)
+            return Outcome(run, spent, signal)
+
         watchdog = stack.enter_context(_watchdog(config, run, processes))
         watchdog.mark("opening the data", 0, slow=True)
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         warmup = warmup_fraction(config, budget)
         if number := _asked_to_stop(stop, processes):
-            return Outcome(run, Spent(), Signals(number))
+            return ended(Spent(), number)
 
         memory = together(lambda: check_fits(config, data.tokenizer.vocab_size, processes.world_size, processes.device))
         watchdog.mark("building the model", 0, slow=True)
@@ -93,7 +102,7 @@ def train(
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
         if number := _asked_to_stop(stop, processes):
-            return Outcome(run, Spent(), Signals(number))
+            return ended(Spent(), number)
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
@@ -246,6 +255,7 @@ def train(
                     "drop_rate": dropped / max(kept + dropped, 1),
                     "tokens": spent.tokens,
                     "supervised_tokens": spent.supervised_tokens,
+                    "progress": progress,
                     "epoch": data.epoch(spent.samples),
                     "data_hash": batch.data_hash,
                     "order_hash": order.order_hash,
@@ -281,7 +291,7 @@ def train(
         for line in profile.report():
             if tracker is not None:
                 tracker.note(line)
-        return Outcome(run, spent, signal=Signals(_asked_to_stop(stop, processes)) if stopped or owed else None)
+        return ended(spent, _asked_to_stop(stop, processes) if stopped or owed else 0)
 
 
 def _next_batch(batches: Iterator[StepBatch | None]) -> tuple[StepBatch | None, Exception | None]:
@@ -313,13 +323,14 @@ def _watchdog(config: Config, run: RunDir, processes: Processes) -> Watchdog:
     )
 
 
-def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> None:
+def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> Announcement | None:
     """Take the run directory for this run, on the main process."""
     if not processes.is_main:
-        return
+        return None
     stack.enter_context(run.lock())
     if not resume:
         run.refuse_if_used()
+    return stack.enter_context(Announcement(run, processes.world_size))
 
 
 def _open_tracker(

@@ -1,0 +1,58 @@
+"""What the processes of a run printed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megafish.errors import InputError
+from megafish.jobs.status import ACTIVE, run_status
+from megafish.run import RunDir
+
+_BEAT = 0.5
+# Seconds between questions whether the run goes on: Slurm does not like to be asked often.
+_ASK = 10.0
+
+
+def log_file(run: RunDir, rank: int | None) -> Path:
+    """The log of a process, or (None) the newest of the batch script's. InputError where it is not there."""
+    if rank is None:
+        scripts = sorted(run.logs.glob("slurm_*.log"), key=lambda log: log.stat().st_mtime)
+        if not scripts:
+            raise InputError(f"{run.logs}: no log of a batch script: `megafish launch slurm` jobs have one")
+        return scripts[-1]
+    log = run.log_of(rank)
+    if not log.is_file():
+        there = sorted(int(entry.stem.rpartition("_")[2]) for entry in run.logs.glob("rank_*.log"))
+        known = f"there are ranks {there[0]} to {there[-1]}" if there else "`megafish launch` writes logs"
+        raise InputError(f"{run.path}: no log of rank {rank}: {known}")
+    return log
+
+
+def show(run: RunDir, log: Path, *, lines: int, follow: bool) -> None:
+    """Print the last lines of a log; with `follow` go on until the run neither waits nor runs."""
+    with open(log, "rb") as file:
+        for block in _last_lines(file.read(), lines):
+            _print(block)
+        asked = time.monotonic()
+        while follow:
+            if block := file.read():
+                _print(block)
+                continue
+            if time.monotonic() - asked > _ASK or asked == 0:
+                asked = time.monotonic()
+                if run_status(run.path).state not in ACTIVE:
+                    _print(file.read())
+                    return
+            time.sleep(_BEAT)
+
+
+def _last_lines(text: bytes, lines: int) -> Iterator[bytes]:
+    yield from text.splitlines(keepends=True)[-lines:]
+
+
+def _print(block: bytes) -> None:
+    sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
