@@ -309,8 +309,7 @@ def main() -> None:
             "preset": "350m",
             "overrides": [
                 "engine.zero_stage=3", "train.global_batch_size=4", "train.micro_batch_size=1",
-                "data.sequence_length=512",
-                "engine.deepspeed={zero_optimization: {reduce_bucket_size: 60000000}}",
+                "data.sequence_length=512", "checkpoint.asynchronous=false",
             ],
             "vocabulary": 50257,
             "states": False,

@@ -26,6 +26,9 @@ NCCL_RUNTIME = 0.75 * GIB
 """NCCL's channels and their buffers where there is more than one process (an assumption)."""
 CPU_LIBRARIES = 170 * 2**20
 """What DeepSpeed and torch import when the first engine is made and steps (measured: benchmarks/plan_memory.py)."""
+ZERO3_ARENAS = 96 * 2**20
+"""What glibc's arenas of other threads keep on a CPU at ZeRO-3, which gathers weights in the main thread and in
+autograd's (measured: with MALLOC_ARENA_MAX=1 the peaks of benchmarks/plan_memory.py are 50 to 130 MiB lower)."""
 FRAGMENTATION = 0.05
 """Of what is allocated: gaps that torch's allocators cannot use (an assumption on CUDA)."""
 
@@ -96,7 +99,7 @@ def plan_memory(
     if layout.device == "cuda":
         parts["runtime"] += CUDA_RUNTIME + (NCCL_RUNTIME if layout.world > 1 else 0.0)
     else:
-        parts["runtime"] += CPU_LIBRARIES
+        parts["runtime"] += CPU_LIBRARIES + (ZERO3_ARENAS if layout.stage == 3 else 0)
         parts["moments"] += states.host  # a CPU's device is main memory
         parts["copies"] = _copies(config, parameters, layout)
     return MemoryPlan(moment, parts, states)
