@@ -12,7 +12,7 @@ ARGS ?=
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format types bench faults gpu clean
+.PHONY: help quickstart test slurm lint format types bench faults gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,8 +20,11 @@ help: ## Show this list
 quickstart: $(VENV)/.installed ## Train a small model twice, plain and goldfish, and compare what each recites (ARGS="--seed 1")
 	$(BIN)/megafish demo --overwrite $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the test suite (ARGS="tests/data -k blend" for a part of it)
+test: $(VENV)/.installed-dev slurm ## Run the test suite (ARGS="tests/data -k blend" for a part of it)
 	$(BIN)/python -m pytest $(ARGS)
+
+slurm: ## Install Slurm, which the tests of cluster jobs start on this machine
+	@bash launch/local_slurm.sh install || echo "without it the tests of Slurm jobs are skipped"
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	$(BIN)/ruff check .

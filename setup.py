@@ -31,13 +31,24 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # kernels/ and configs/ stand beside the package in the repository; installed, the presets lie inside it.
-    packages=[*find_packages(include=["megafish", "megafish.*"]), *find_packages("kernels"), "megafish.configs"],
-    package_dir={"megafish_kernels": "kernels/megafish_kernels", "megafish.configs": "configs"},
+    # kernels/, configs/ and launch/ stand beside the package in the repository; installed, presets, profiles and
+    # scripts lie inside it.
+    packages=[
+        *find_packages(include=["megafish", "megafish.*"]),
+        *find_packages("kernels"),
+        "megafish.configs",
+        "megafish.launch",
+    ],
+    package_dir={
+        "megafish_kernels": "kernels/megafish_kernels",
+        "megafish.configs": "configs",
+        "megafish.launch": "launch",
+    },
     package_data={
         "megafish": ["py.typed", "audit/templates/*"],
         "megafish_kernels": ["py.typed"],
         "megafish.configs": ["*.yaml", "**/*.yaml"],
+        "megafish.launch": ["*"],
     },
     entry_points={"console_scripts": ["megafish=megafish.cli:main"]},
     install_requires=[

@@ -25,7 +25,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the repository holds of its packages."""
     copy = tmp_path_factory.mktemp("build") / "megafish"
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
-    for name in ("megafish", "kernels", "configs"):
+    for name in ("megafish", "kernels", "configs", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=skipped, symlinks=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -56,6 +56,7 @@ def test_wheel_holds_every_module_and_preset(wheel: zipfile.ZipFile) -> None:
     expected |= {
         f"megafish/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")
     }
+    expected |= {f"megafish/launch/{path.name}" for path in (ROOT / "launch").iterdir()}
     expected |= {f"megafish/audit/templates/{path.name}" for path in (ROOT / "megafish/audit/templates").iterdir()}
     expected |= {"megafish/py.typed", "megafish_kernels/py.typed"}
     assert expected - set(wheel.namelist()) == set()
