@@ -242,13 +242,14 @@ def kill(campaign: Campaign, layout: Layout, run: Path) -> Fault | None:
     before = latest_step(run)
     process = campaign.start(layout, run)
     moment = campaign.random.choice(["any moment", "training", "a save"])
-    if not wait_for_moment(campaign, moment, layout, run, process):
+    struck = wait_for_moment(campaign, moment, layout, run, process)
+    members = family(process)  # empty when the run has ended in this very moment
+    if not struck or not members:
         code = process.wait(LIMIT)
         if code:
             raise Broken(f"{run}: ended with code {code} before its fault:\n{log_tail(run)}")
         return None
     number = campaign.random.choice([signal.SIGKILL, signal.SIGTERM])
-    members = family(process)
     workers = [member for member in members if is_worker(member)] or members
     if layout.processes > 1 and campaign.random.random() < 0.5:
         whom, targets = "one rank", [campaign.random.choice(workers)]

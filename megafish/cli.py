@@ -18,6 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from megafish import __version__
 from megafish.errors import InputError
 from megafish.jobs import cli as jobs_cli
+from megafish.sweep.cli import sweep
 
 app = typer.Typer(
     help="Pretrain language models that cannot recite their training data, and prove it.",
@@ -320,6 +321,7 @@ def _dry_world(overrides: list[str], world: int | None) -> tuple[list[str], int 
 
 
 jobs_cli.add_to(app)
+app.add_typer(sweep, name="sweep")
 
 
 @app.command(epilog="Examples: megafish plan 7b --gpu h100 --gpus 64 | megafish plan --calibration")

@@ -42,7 +42,7 @@ from megafish.config_sections import (
     TrainConfig,
     WandbConfig,
 )
-from megafish.config_yaml import dump_yaml, overlay, parse_overrides, read_tree
+from megafish.config_yaml import Tree, dump_yaml, overlay, parse_overrides, read_tree
 from megafish.errors import InputError
 
 __all__ = [
@@ -182,11 +182,23 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     states only what differs. A budget that is given on top takes the place of the one below. Raises InputError, one
     line with all faults.
     """
-    tree = _read(str(source), Path(), ())
+    return validated(read_settings(source, overrides), str(source))
+
+
+def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = (), folder: Path | None = None) -> Tree:
+    """What `load_config` validates: the settings of a file or preset with overrides on top, as they stand.
+
+    `folder`: where a relative path starts (default: the working directory).
+    """
+    return lay_over(_read(str(source), folder or Path(), ()), parse_settings(overrides))
+
+
+def parse_settings(overrides: list[str] | tuple[str, ...]) -> Tree:
+    """The settings that ``section.key=value`` words make. InputError for a word that is none."""
     given = parse_overrides(overrides, _text_keys())
     if "extends" in given:
         raise InputError("extends belongs into a file: name the preset or file in its place on the command line")
-    return _validate(_overlay(tree, given), str(source))
+    return given
 
 
 def dump_config(config: Config, *, with_help: bool = False) -> str:
@@ -270,7 +282,7 @@ def _read(source: str, folder: Path, readers: tuple[Path, ...]) -> dict[str, Any
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: extends={base!r}: must be the name of a preset or the path of a YAML file")
-    return _overlay(_read(base, path.parent, (*readers, path)), tree)
+    return lay_over(_read(base, path.parent, (*readers, path)), tree)
 
 
 def _without_empty(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
@@ -287,7 +299,7 @@ def _without_empty(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, 
     return kept
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` on top of `below`. One budget is meant: a new one takes the place of the one below."""
     joined = overlay(below, above)
     given = above.get("train")
@@ -296,7 +308,8 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _validate(tree: dict[str, Any], where: str) -> Config:
+def validated(tree: Tree, where: str) -> Config:
+    """The configuration that settings make. InputError that names `where` and every fault."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -28,6 +28,7 @@ LEVELS = [
     {"train"},
     {"jobs"},
     {"audit"},
+    {"sweep"},
     {"demo"},
     {"cli"},
     {"__main__"},

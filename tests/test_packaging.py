@@ -57,7 +57,9 @@ def test_wheel_holds_every_module_and_preset(wheel: zipfile.ZipFile) -> None:
         f"megafish/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")
     }
     expected |= {f"megafish/launch/{path.name}" for path in (ROOT / "launch").iterdir()}
-    expected |= {f"megafish/audit/templates/{path.name}" for path in (ROOT / "megafish/audit/templates").iterdir()}
+    for room in ("audit", "sweep"):
+        pages = (ROOT / "megafish" / room / "templates").iterdir()
+        expected |= {f"megafish/{room}/templates/{path.name}" for path in pages}
     expected |= {"megafish/py.typed", "megafish_kernels/py.typed"}
     assert expected - set(wheel.namelist()) == set()
 

@@ -24,7 +24,7 @@ from megafish.jobs.status import (
     RunStatus,
 )
 
-_STYLES = {
+STYLES = {
     PENDING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red", OUT_OF_MEMORY: "red", TIMED_OUT: "magenta",
     PREEMPTED: "magenta", STOPPED: "magenta", CANCELLED: "magenta", LOST: "red", NOT_STARTED: "dim",
 }  # fmt: skip
@@ -44,7 +44,7 @@ def print_table(found: Sequence[RunStatus]) -> None:
     for status in found:
         table.add_row(
             str(status.path),
-            f"[{_STYLES[status.state]}]{status.state}[/]",
+            f"[{STYLES[status.state]}]{status.state}[/]",
             f"{status.step:,}",
             "" if status.progress is None else f"{status.progress:.0%}",
             "" if status.tokens_per_s is None else f"{status.tokens_per_s:,.0f}",

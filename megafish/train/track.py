@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import uuid
 from types import TracebackType
@@ -124,7 +125,8 @@ def _start_wandb(run: RunDir, config: Config) -> Any:
     settings = config.track.wandb
     id_file = run.path / "wandb_id"
     if not id_file.is_file():
-        write_atomic(id_file, uuid.uuid4().hex[:16] + "\n")
+        # An agent of a wandb sweep, or the user, has chosen one already.
+        write_atomic(id_file, (os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16]) + "\n")
     handle = wandb.init(
         id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow",

@@ -1,0 +1,1 @@
+"""Many runs from one file: expanded, started where they are to run, ranked and drawn."""
