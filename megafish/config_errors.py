@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 from megafish.config_yaml import dump_yaml
 
+NO_NUMBER = "a boolean"
+"""What config_sections.py says of true and false in the place of a number: the words for the field say more."""
 _SECTION_ERRORS = ("model_type", "model_attributes_type")
 
 
@@ -120,6 +122,8 @@ def _phrase(fault: Any, place: _Place, root: type[BaseModel]) -> str:
     # A rule between the keys of a section speaks for itself; its value is the whole section.
     if own_words and (section_in(place.field.annotation) or isinstance(fault["input"], dict)):
         return f"{place.key}: {own_words}"
+    if own_words and own_words != NO_NUMBER:
+        return f"{place.key}={_shown(fault['input'])}: {own_words} ({help_text})"
     must = allowed(place.field.annotation, place.field.metadata)
     if fault["type"] in _SECTION_ERRORS:
         must = "a section (key: value)"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from megafish.config_deepspeed import complaints
+from megafish.config_errors import NO_NUMBER
 
 
 class Section(BaseModel):
@@ -22,7 +23,7 @@ class Section(BaseModel):
     def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation is not bool:
-            raise ValueError("a boolean")  # pydantic would read true as the number 1
+            raise ValueError(NO_NUMBER)  # pydantic would read true as the number 1
         return value
 
 

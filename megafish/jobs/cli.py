@@ -153,7 +153,7 @@ def slurm(
     write_atomic(run.batch_script, script)
     number = commands.submit(run.batch_script)
     write_job(run, "slurm", number=number)
-    print(f"job {number}: {run.path} on {job.nodes} nodes x {job.tasks} processes, script: {run.batch_script}")
+    print(f"job {number}: {run.path} on {job.size}, script: {run.batch_script}")
     print(f"next: megafish status {run.path}")
 
 

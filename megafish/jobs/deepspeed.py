@@ -45,8 +45,8 @@ def deepspeed_command(prepared: Prepared, options: DeepSpeedOptions) -> list[str
     if (options.include or options.exclude) and (options.nodes or options.processes_per_node):
         raise InputError("--include and --exclude choose the processes: leave out --nodes and --processes-per-node")
     if options.nodes is not None and options.nodes > max(len(hosts), 1):
-        where = options.hostfile or "no --hostfile is given, so that there"
-        raise InputError(f"--nodes {options.nodes}: {where} has {max(len(hosts), 1)}")
+        there = f"{options.hostfile} has {len(hosts)}" if hosts else "without --hostfile there is this machine alone"
+        raise InputError(f"--nodes {options.nodes}: {there}")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--module"]
     for name, value in (
         ("hostfile", options.hostfile),

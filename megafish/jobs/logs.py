@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megafish.errors import InputError
+from megafish.jobs.deepspeed import RANK_LOGS
 from megafish.jobs.status import ACTIVE, run_status
 from megafish.run import RunDir
 
@@ -24,6 +25,9 @@ def log_file(run: RunDir, rank: int | None) -> Path:
             raise InputError(f"{run.logs}: no log of a batch script: `megafish launch slurm` jobs have one")
         return scripts[-1]
     log = run.log_of(rank)
+    by_deepspeed = sorted((run.logs / RANK_LOGS).glob(f"*_rank{rank}.log"))  # TIME_rank0.log: the newest is last
+    if by_deepspeed and not log.is_file():
+        return by_deepspeed[-1]
     if not log.is_file():
         there = sorted(int(entry.stem.rpartition("_")[2]) for entry in run.logs.glob("rank_*.log"))
         known = f"there are ranks {there[0]} to {there[-1]}" if there else "`megafish launch` writes logs"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from megafish.config import config_folder
@@ -112,15 +112,15 @@ class Profile(_Section):
     @classmethod
     def _is_a_time(cls, value: str | None) -> str | None:
         if value is not None and not _TIME.fullmatch(value):
-            raise ValueError(f"time={value}: must be minutes, H:MM:SS or D-HH:MM:SS")
+            raise ValueError("must be minutes, H:MM:SS or D-HH:MM:SS")
         return value
 
     @field_validator(*_DIRECTIVES)
     @classmethod
-    def _is_one_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _is_one_word(cls, value: str | None) -> str | None:
         # A directive ends at a blank: what follows would be another option.
         if value is not None and not re.fullmatch(r"\S+", value):
-            raise ValueError(f"{info.field_name}={value!r}: must be one word")
+            raise ValueError("must be one word")
         return value
 
     @field_validator("environment")
@@ -139,6 +139,12 @@ class Profile(_Section):
     def world_size(self) -> int:
         """Processes of the job."""
         return self.nodes * self.tasks
+
+    @property
+    def size(self) -> str:
+        """Nodes and processes in words."""
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        return f"{nodes} x {self.tasks} {'process' if self.tasks == 1 else 'processes'}"
 
 
 def profile_names() -> list[str]:

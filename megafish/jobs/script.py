@@ -57,7 +57,7 @@ def batch_script(
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     return environment.get_template(TEMPLATE).render(
         **profile.model_dump(exclude={"container", "srun_options", "signal"}),
-        title=f"{what}: {profile.nodes} nodes x {profile.tasks} processes",
+        title=f"{what} on {profile.size}",
         command=shlex.join(["megafish", *sys.argv[1:]]),
         script=script.absolute(),
         directives=_directives(profile, name, logs, runs),
@@ -130,15 +130,10 @@ def _train(profile: Profile) -> str:
     python = profile.python or (sys.executable if container.runtime == "none" else "python")
     command = [python, "-m", "megafish", "train"]
     if container.runtime == "apptainer":
-        mounts = [str(Path.cwd()), *container.mounts]
-        around = ["apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), f"--bind={','.join(mounts)}"]
-        command = [
-            *around,
-            f"--pwd={Path.cwd()}",
-            *container.options,
-            os.path.expanduser(str(container.image)),
-            *command,
-        ]
+        mounts = ",".join([str(Path.cwd()), *container.mounts])
+        around = ["apptainer", "exec", f"--bind={mounts}", f"--pwd={Path.cwd()}"]
+        around += ["--nv"] if profile.gpus_per_node else []
+        command = [*around, *container.options, os.path.expanduser(str(container.image)), *command]
     return shlex.join(command)
 
 

@@ -145,9 +145,7 @@ def _survey(file: str) -> tuple[Sweep, list[Entry]]:
     spec = load_sweep(path)
     words = folder.recorded_overrides(spec)
     if words is None:
-        raise InputError(
-            f"{folder.folder_of(spec)}: no run of this sweep was started here: megafish sweep {file} starts it"
-        )
+        raise InputError(f"{folder.folder_of(spec)}: this sweep was not started here: megafish sweep {file} starts it")
     return spec, folder.survey(_expand(spec, path, words), spec.metric)
 
 

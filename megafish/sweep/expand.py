@@ -148,7 +148,8 @@ def names_of(sweep: Sweep, points: list[Point]) -> list[str]:
 
 def _shown_keys(sweep: Sweep) -> list[str]:
     """Of keys that move together the first one says all."""
-    led = {key for group in sweep.zip for key in list(group)[1:]} | set(sweep.repeat_keys[1:])
+    led = {key for group in sweep.zip for key in list(group)[1:]}
+    led |= set(sweep.repeat_keys[1:]) if sweep.repeats > 1 else set()
     return [key for key in sweep.keys if key not in led]
 
 

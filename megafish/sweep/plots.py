@@ -20,8 +20,16 @@ from megafish.sweep.expand import short_value
 _POINT, _MEAN = "#0072b2", "#d55e00"
 _SHADES = "viridis"
 _MOST_TICKS = 8
+_UNITS = {
+    "loss": "training loss [nats/token]",
+    "valid_loss": "validation loss [nats/token]",
+    "valid_bpb": "validation loss [bits/byte]",
+    "loss_dropped": "loss on dropped tokens [nats/token]",
+    "loss_kept": "loss on kept tokens [nats/token]",
+    "tokens_per_s": "speed [tokens/s]",
+}
 # Of the largest to the smallest value, from which on an axis is logarithmic.
-_SPREAD = 20.0
+_SPREAD = 8.0
 
 
 def metric_by_parameter(values: Sequence[Any], metric: Sequence[float], key: str, name: str) -> Figure:
@@ -35,7 +43,7 @@ def metric_by_parameter(values: Sequence[Any], metric: Sequence[float], key: str
         means = [float(y[x == position].mean()) for position in each]
         axes.plot(each, means, "-", color=_MEAN, linewidth=1.8, label="mean", zorder=2)
         axes.legend(frameon=False, fontsize=8.5, loc="best")
-    axes.set_ylabel(name)
+    axes.set_ylabel(_UNITS.get(name, name))
     return figure
 
 
@@ -65,10 +73,11 @@ def metric_map(
         for (row, column), value in np.ndenumerate(means):
             if math.isfinite(value):
                 ink = "white" if value < middle else "black"
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=ink)
+                axes.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=8, color=ink)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
+    bar.set_label(_UNITS.get(name, name), fontsize=8.5)
     return figure
 
 
@@ -101,7 +110,7 @@ def curves(
             axes.plot([], [], color=shade, label=label(value))
         axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.set_xlabel("step")
-    axes.set_ylabel(name)
+    axes.set_ylabel(_UNITS.get(name, name))
     return figure
 
 

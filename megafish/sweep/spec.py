@@ -92,7 +92,7 @@ class Sweep(BaseModel):
     @classmethod
     def _is_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise ValueError(f"name={name!r}: letters, digits, dots, hyphens and underscores make a folder's name")
+            raise ValueError("must be a folder's name, of letters, digits, dots, hyphens and underscores")
         return name
 
     @model_validator(mode="after")
