@@ -208,7 +208,12 @@ def dump_config(config: Config, *, with_help: bool = False) -> str:
     """
     if not with_help:
         return dump_yaml(config.model_dump(mode="json"))
-    return "\n".join(_lines_with_help(config, "")) + "\n"
+    return with_help_text(config)
+
+
+def with_help_text(section: Section) -> str:
+    """A section as YAML with the help text of every key behind it."""
+    return "\n".join(_lines_with_help(section, "")) + "\n"
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:

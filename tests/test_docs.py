@@ -12,12 +12,16 @@ import pytest
 import typer
 
 from megafish.cli import app
-from megafish.config import Config, dump_config, load_config, preset_names
+from megafish.config import Config, dump_config, load_config, preset_names, with_help_text
 from megafish.config_errors import field_help
+from megafish.jobs.profile import Profile
+from megafish.sweep.expand import expand
+from megafish.sweep.spec import load_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = field_help(Config)
+JOB_KEYS = {f"slurm.{key}" for key in field_help(Profile)}
 FILE_SUFFIXES = ("bin", "idx", "safetensors")
 
 
@@ -58,6 +62,7 @@ def test_no_place_holder_is_left() -> None:
 def test_there_are_commands_to_check() -> None:
     used = {command.arguments[0] for command in COMMANDS if command.arguments}
     assert {"tokenizer", "prepare", "train", "audit", "report", "generate", "schema", "demo"} <= used
+    assert {"launch", "status", "logs", "cancel", "sweep"} <= used
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.line}")
@@ -76,7 +81,8 @@ def test_command_parses(command: Command) -> None:
         load_config(rest[0], overrides)
     for override in overrides:
         key = override.partition("=")[0]
-        assert key in KEYS or key.startswith("engine.deepspeed."), f"{key} is no key of the configuration"
+        known = key in KEYS or key in JOB_KEYS or key.startswith("engine.deepspeed.")
+        assert known, f"{key} is no key of the configuration"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -99,6 +105,21 @@ def test_reference_is_what_print_config_prints() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     expected = dump_config(load_config("tiny"), with_help=True)
     assert f"```yaml\n{expected}```\n" in page, "put the output of `megafish train tiny --print-config` into the page"
+
+
+def test_reference_of_job_settings_is_what_print_profile_prints() -> None:
+    page = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+    assert f"```text\n{with_help_text(Profile())}```\n" in page, (
+        "put the output of `megafish launch slurm tiny --print-profile` into the page"
+    )
+
+
+def test_sweep_of_the_page_expands(tmp_path: Path) -> None:
+    (text,) = (text for language, text in blocks(ROOT / "docs" / "sweeps.md") if language == "text")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text, encoding="utf-8")
+    # 3 x 3 x 3 x 2 combinations without 6 excluded ones, twice.
+    assert len(expand(load_sweep(file), file, ["data.train=corpus"])) == 96
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -121,9 +121,13 @@ def slurm(
         str | None, typer.Option(help="Cluster profile: a YAML file, or one that ships with megafish")
     ] = None,
     dry_run: DryRun = False,
+    print_profile: Annotated[
+        bool, typer.Option("--print-profile", help="Print the job's settings with their help, and stop")
+    ] = False,
     no_check: NoCheck = False,
 ) -> None:
     """Submit a run as a Slurm job that saves before its time limit, goes back to the queue and continues."""
+    from megafish.config import with_help_text
     from megafish.jobs import slurm as commands
     from megafish.jobs.prepare import check, create, refuse_active, resolve, write_job
     from megafish.jobs.profile import load_profile
@@ -132,6 +136,9 @@ def slurm(
 
     words = overrides or []
     job = load_profile(profile, [word for word in words if word.startswith("slurm.")])
+    if print_profile:
+        print(with_help_text(job), end="")
+        return
     prepared = resolve(config, [word for word in words if not word.startswith("slurm.")])
     run = prepared.run
     script = batch_script(
@@ -146,6 +153,7 @@ def slurm(
         print(script, end="")
         print(f"# would be written to {run.batch_script} and submitted: sbatch {run.batch_script}")
         return
+    commands.require("sbatch")
     refuse_active(run)
     if not no_check:
         check(prepared, job.world_size)
@@ -184,11 +192,12 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", help="Lines of the end to show", min=0)] = 50,
 ) -> None:
     """Show what a process of a launched run printed."""
-    from megafish.jobs.logs import log_file, show
+    from megafish.jobs.logs import awaited, log_file, show
     from megafish.run import RunDir
 
     directory = RunDir.existing(run)
-    show(directory, log_file(directory, None if batch else rank), lines=lines, follow=follow)
+    find = awaited if follow else log_file
+    show(directory, find(directory, None if batch else rank), lines=lines, follow=follow)
     print(f"next: megafish status {run}", file=sys.stderr)
 
 

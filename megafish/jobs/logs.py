@@ -17,6 +17,17 @@ _BEAT = 0.5
 _ASK = 10.0
 
 
+def awaited(run: RunDir, rank: int | None) -> Path:
+    """`log_file`, once the run that waits or starts has one."""
+    while True:
+        try:
+            return log_file(run, rank)
+        except InputError:
+            if run_status(run.path).state not in ACTIVE:
+                raise
+        time.sleep(_ASK / 5)
+
+
 def log_file(run: RunDir, rank: int | None) -> Path:
     """The log of a process, or (None) the newest of the batch script's. InputError where it is not there."""
     if rank is None:

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from megafish.config import config_folder
+from megafish.config import Section, config_folder
 from megafish.config_errors import allowed, explain, field_help
 from megafish.config_yaml import overlay, parse_overrides, read_tree
 from megafish.errors import InputError
@@ -23,11 +23,7 @@ _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED")
 _DIRECTIVES = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "memory", "gpu_type")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-
-class Container(_Section):
+class Container(Section):
     """What the processes run in."""
 
     runtime: Literal["none", "apptainer", "pyxis"] = "none"
@@ -46,7 +42,7 @@ class Container(_Section):
         return self
 
 
-class Profile(_Section):
+class Profile(Section):
     """A Slurm job. null leaves the choice to the cluster."""
 
     nodes: int = Field(default=1, ge=1)

@@ -45,6 +45,7 @@ def batch_script(
     `overrides`: settings that change a run which is there already.
     """
     assert (run is None) != (runs is None)
+    mounts = _mounts(profile, script.parent)
     what = str(run) if run is not None else f"{len(runs.lines) if runs else 0} runs of {runs.file if runs else ''}"
     environment = Environment(
         loader=FileSystemLoader(shipped_folder("launch")),
@@ -65,9 +66,9 @@ def batch_script(
         runs_file=runs.file.absolute() if runs is not None else None,
         run=run.absolute() if run is not None else None,
         folder=Path.cwd(),
-        train=_train(profile),
+        train=_train(profile, mounts),
         overrides="".join(f" {shlex.quote(override)}" for override in overrides),
-        srun_options="".join(f" {shlex.quote(option)}" for option in _srun_options(profile)),
+        srun_options="".join(f" {shlex.quote(option)}" for option in _srun_options(profile, mounts)),
     )
 
 
@@ -124,20 +125,26 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def _train(profile: Profile) -> str:
+def _mounts(profile: Profile, place: Path) -> str:
+    """Folders that a container shows under their own names: where the job was submitted, where the run lies, more."""
+    here = Path.cwd()
+    places = [here] if place.absolute().is_relative_to(here) else [here, place.absolute()]
+    return ",".join([*(f"{folder}:{folder}" for folder in places), *profile.container.mounts])
+
+
+def _train(profile: Profile, mounts: str) -> str:
     """The command of each process, up to the run directory."""
     container = profile.container
     python = profile.python or (sys.executable if container.runtime == "none" else "python")
     command = [python, "-m", "megafish", "train"]
     if container.runtime == "apptainer":
-        mounts = ",".join([str(Path.cwd()), *container.mounts])
         around = ["apptainer", "exec", f"--bind={mounts}", f"--pwd={Path.cwd()}"]
         around += ["--nv"] if profile.gpus_per_node else []
         command = [*around, *container.options, os.path.expanduser(str(container.image)), *command]
     return shlex.join(command)
 
 
-def _srun_options(profile: Profile) -> list[str]:
+def _srun_options(profile: Profile, mounts: str) -> list[str]:
     """Options of srun besides those that stand in the template."""
     options = list(profile.srun_options)
     if profile.cpus_per_process is not None:
@@ -145,7 +152,6 @@ def _srun_options(profile: Profile) -> list[str]:
         options.append(f"--cpus-per-task={profile.cpus_per_process}")
     container = profile.container
     if container.runtime == "pyxis":
-        mounts = ",".join([f"{Path.cwd()}:{Path.cwd()}", *container.mounts])
         options += [f"--container-image={container.image}", f"--container-mounts={mounts}"]
         options += [f"--container-workdir={Path.cwd()}", *container.options]
     return options

@@ -28,6 +28,15 @@ def available() -> bool:
     return shutil.which("squeue") is not None
 
 
+def require(program: str) -> None:
+    """InputError where one of Slurm's commands is not on this machine."""
+    if shutil.which(program) is None:
+        raise InputError(
+            f"{program} is not on this machine: run this where Slurm's commands are (a login node), or try megafish on "
+            "a Slurm of your own: launch/local_slurm.sh start"
+        )
+
+
 def submit(script: Path) -> str:
     """Submit a batch script; the job's number."""
     # --parsable: "123" or "123;cluster".
@@ -66,11 +75,7 @@ def cancel(numbers: Iterable[str]) -> None:
 
 
 def _call(program: str, *arguments: str) -> str:
-    if shutil.which(program) is None:
-        raise InputError(
-            f"{program} is not on this machine: run this where Slurm's commands are (a login node), or try megafish on "
-            "a Slurm of your own: launch/local_slurm.sh start"
-        )
+    require(program)
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     if done.returncode:
         words = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())

@@ -31,6 +31,7 @@ def submit_array(
     sweep: Sweep, runs: list[SweepRun], chosen: list[SweepRun], profile: Profile, jobs: int, *, checked: bool = True
 ) -> str:
     """Submit `chosen` runs as one array; its number."""
+    slurm.require("sbatch")
     script, text, listed = array_script(sweep, runs, chosen, profile, jobs)
     if checked:
         # The runs differ in settings that are validated already; what one finds on this machine, all do.

@@ -73,9 +73,10 @@ def test_containers(tmp_path: Path) -> None:
     given = ["slurm.container.mounts=[/data:/data]", "slurm.container.image=my image.sif"]
     apptainer = script_of(load_profile("apptainer", given), tmp_path)
     here = Path.cwd()
-    assert f"apptainer exec --bind={here},/data:/data --pwd={here} --nv 'my image.sif' python -m" in apptainer
+    mounts = f"{here}:{here},{tmp_path}:{tmp_path},/data:/data"
+    assert f"apptainer exec --bind={mounts} --pwd={here} --nv 'my image.sif' python -m" in apptainer
     pyxis = script_of(load_profile("pyxis", given), tmp_path)
-    assert f"--container-mounts={Path.cwd()}:{Path.cwd()},/data:/data" in pyxis
+    assert f"--container-mounts={mounts}" in pyxis
     assert " python -m megafish train" in pyxis
 
 
