@@ -85,10 +85,15 @@ class RunDir:
         """What a process of a launched run printed."""
         return self.logs / f"rank_{rank:05d}.log"
 
+    @property
+    def used(self) -> bool:
+        """Whether a run is here that has begun: one that could be continued."""
+        # metrics.jsonl comes to be after config.yaml.
+        return self.metrics_file.exists() or self.latest() is not None
+
     def refuse_if_used(self) -> None:
         """InputError where a run is here already, which a new one must not overwrite."""
-        # metrics.jsonl comes to be after config.yaml, so that what is refused here can always be continued.
-        if self.latest() or self.metrics_file.exists():
+        if self.used:
             again = "" if self.latest() else " (it has no checkpoint yet and will start over)"
             raise InputError(
                 f"{self.path} holds a run already: continue it with `megafish train {self.path}`{again}, or choose "

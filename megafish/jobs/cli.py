@@ -37,7 +37,7 @@ def local(
 ) -> None:
     """Train in several processes on this machine. Continues the run if it is there already."""
     from megafish.jobs.local import default_processes, process_environment, run_local
-    from megafish.jobs.prepare import check, create, resolve, train_command
+    from megafish.jobs.prepare import check, create, refuse_active, resolve, train_command
 
     prepared = resolve(config, overrides or [])
     processes = processes or default_processes()
@@ -51,6 +51,7 @@ def local(
             )
         print("next: the same command without --dry-run")
         return
+    refuse_active(prepared.run)
     if not no_check:
         check(prepared, processes)
     create(prepared)

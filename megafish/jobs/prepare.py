@@ -85,8 +85,8 @@ def resolve(source: str, overrides: list[str]) -> Prepared:
 
 
 def refuse_another(run: RunDir, config: Config) -> None:
-    """InputError where the run directory exists with another configuration."""
-    if not run.config_file.is_file():
+    """InputError where the directory holds a run that has begun, with another configuration."""
+    if not (run.config_file.is_file() and run.used):
         return
     changed = changed_settings(run.load_config(), config)
     if changed:
@@ -98,9 +98,9 @@ def refuse_another(run: RunDir, config: Config) -> None:
 
 
 def create(prepared: Prepared) -> None:
-    """Make the run directory, with its configuration unless it has one, and the folder of its logs."""
+    """Make the run directory with the folder of its logs, and its configuration unless the run has begun with one."""
     prepared.run.logs.mkdir(parents=True, exist_ok=True)
-    if not prepared.run.config_file.is_file():
+    if not prepared.run.used:
         prepared.run.save_config(prepared.config)
 
 
@@ -111,8 +111,10 @@ def train_command(run: RunDir, overrides: tuple[str, ...] = ()) -> list[str]:
 
 def check(prepared: Prepared, processes: int) -> None:
     """InputError for what the run would refuse at its start, before it waits in a queue."""
+    from megafish.data.corpus import open_train
     from megafish.train.dry_run import dry_run
 
+    open_train(prepared.config.data)  # a dry run does without a corpus
     dry_run(prepared.config, processes, resume=True)
 
 

@@ -23,8 +23,8 @@ class RunList:
 
     file: Path
     """One run directory a line."""
-    lines: Sequence[int]
-    """Numbers of the lines that are to run, from 0."""
+    count: int
+    """Lines of the file."""
     at_once: int
     """Runs at one time."""
 
@@ -46,7 +46,7 @@ def batch_script(
     """
     assert (run is None) != (runs is None)
     mounts = _mounts(profile, script.parent)
-    what = str(run) if run is not None else f"{len(runs.lines) if runs else 0} runs of {runs.file if runs else ''}"
+    what = str(run) if run is not None else f"{runs.count if runs else 0} runs of {runs.file if runs else ''}"
     environment = Environment(
         loader=FileSystemLoader(shipped_folder("launch")),
         undefined=StrictUndefined,
@@ -103,7 +103,7 @@ def _directives(profile: Profile, name: str, logs: Path, runs: RunList | None) -
         "--requeue" if profile.requeue else "--no-requeue",
         "--open-mode=append",
         f"--output={logs.absolute()}/slurm_{number}.log",
-        f"--array={_ranges(runs.lines)}%{runs.at_once}" if runs is not None else None,
+        f"--array=0-{runs.count - 1}%{runs.at_once}" if runs is not None else None,
         *profile.sbatch_options,
     ]
     return [shlex.quote(option) if _needs_quotes(option) else option for option in given if option is not None]
@@ -112,17 +112,6 @@ def _directives(profile: Profile, name: str, logs: Path, runs: RunList | None) -
 def _needs_quotes(option: str) -> bool:
     # sbatch takes the characters of its own patterns (%j, a[1-4]) as they are.
     return any(character.isspace() or character in "'\"\\" for character in option)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-3,7 for 0, 1, 2, 3, 7: Slurm limits the length of the option."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def _mounts(profile: Profile, place: Path) -> str:

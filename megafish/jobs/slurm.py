@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -46,7 +47,7 @@ def submit(script: Path) -> str:
 def queue() -> dict[str, QueueEntry]:
     """The caller's jobs that Slurm has or has had in its memory, by number."""
     found = {}
-    text = _call("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r")
+    text = _call("squeue", f"--user={getpass.getuser()}", "--array", "--states=all", "--noheader", "--format=%i|%T|%r")
     for line in text.splitlines():
         number, state, reason = line.strip().split("|")
         found[number] = QueueEntry(number, state, reason)

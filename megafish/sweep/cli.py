@@ -62,7 +62,7 @@ def run(
     profile: Annotated[str | None, typer.Option(help="Cluster profile (slurm)")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write (wandb)")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs, and stop")] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Submit without checking a run first (slurm)")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Start without checking the first run")] = False,
 ) -> None:
     """Start the runs of a sweep that are missing or have failed. A second call starts only what is left."""
     from megafish.sweep import folder
@@ -93,12 +93,12 @@ def run(
         from megafish.jobs.profile import load_profile
         from megafish.sweep.slurm import submit_array
 
-        number = submit_array(spec, runs, chosen, load_profile(profile, job_words), jobs, checked=not no_check)
-        print(f"job array {number}: {folder.folder_of(spec)}/submit.sbatch\nnext: megafish sweep status {file}")
+        number = submit_array(spec, chosen, load_profile(profile, job_words), jobs, checked=not no_check)
+        print(f"job array {number}: {len(chosen)} tasks\nnext: megafish sweep status {file}")
         return
     from megafish.sweep.local import run_locally
 
-    code = run_locally(chosen, jobs=jobs, processes=processes, metric=spec.metric)
+    code = run_locally(chosen, jobs=jobs, processes=processes, metric=spec.metric, checked=not no_check)
     _print_entries(spec, folder.survey(runs, spec.metric))
     print(f"next: {again}" if code == 0 else f"next: the same command again starts what is left; {again}")
     if code:
@@ -157,7 +157,7 @@ def _refuse_idle(
         "--processes": processes != 1 and on is not Place.local,
         "--profile": profile is not None and on is not Place.slurm,
         "--output": output is not None and on is not Place.wandb,
-        "--no-check": no_check and on is not Place.slurm,
+        "--no-check": no_check and on is Place.wandb,
         " ".join(job_words[:1]): bool(job_words) and on is not Place.slurm,
     }
     for name, given in idle.items():

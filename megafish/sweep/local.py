@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from types import FrameType
 
+from megafish.jobs.prepare import Prepared, check
 from megafish.jobs.table import format_duration
 from megafish.progress import Track, track
 from megafish.run import RunDir
@@ -29,12 +30,15 @@ class _Active:
     started: float = field(default_factory=time.monotonic)
 
 
-def run_locally(runs: list[SweepRun], *, jobs: int, processes: int, metric: Metric) -> int:
+def run_locally(runs: list[SweepRun], *, jobs: int, processes: int, metric: Metric, checked: bool) -> int:
     """Run them, `jobs` at one time with `processes` processes each. A failed one does not stop the others.
 
+    `checked`: refuse first what the first of them would refuse at its start, and with it most likely all.
     Returns 0, 1 where a run has failed, or 128 + signal where one stopped the sweep: the runs that were going on have
     then written a checkpoint.
     """
+    if checked:
+        check(Prepared(RunDir(runs[0].path), runs[0].config, ()), processes)
     waiting, failed = list(runs), 0
     active: list[_Active] = []
     with track(len(runs), "sweep", "runs") as progress, _Stop() as stop:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megafish.jobs import slurm
 from megafish.jobs.prepare import Prepared, check, write_job
 from megafish.jobs.profile import Profile
@@ -15,35 +13,26 @@ from megafish.sweep.folder import create_run, folder_of
 from megafish.sweep.spec import Sweep
 
 
-def array_script(
-    sweep: Sweep, runs: list[SweepRun], chosen: list[SweepRun], profile: Profile, jobs: int
-) -> tuple[Path, str, RunList]:
-    """Where the array's script lies, its text, and its list of runs: `chosen` of all `runs`, `jobs` at one time."""
-    folder = folder_of(sweep)
-    numbers = {run.name: line for line, run in enumerate(runs)}
-    listed = RunList(folder / "runs.txt", [numbers[run.name] for run in chosen], jobs)
-    script = folder / "submit.sbatch"
-    text = batch_script(profile, name=sweep.name, script=script, logs=folder / "logs", runs=listed)
-    return script, text, listed
+def submit_array(sweep: Sweep, chosen: list[SweepRun], profile: Profile, jobs: int, *, checked: bool) -> str:
+    """Submit runs as one array of which `jobs` run at one time; its number.
 
-
-def submit_array(
-    sweep: Sweep, runs: list[SweepRun], chosen: list[SweepRun], profile: Profile, jobs: int, *, checked: bool = True
-) -> str:
-    """Submit `chosen` runs as one array; its number."""
+    Every submission has a script and a list of its own: tasks of an earlier one may still have to read theirs.
+    """
     slurm.require("sbatch")
-    script, text, listed = array_script(sweep, runs, chosen, profile, jobs)
     if checked:
         # The runs differ in settings that are validated already; what one finds on this machine, all do.
         check(Prepared(RunDir(chosen[0].path), chosen[0].config, ()), profile.world_size)
-    (folder_of(sweep) / "logs").mkdir(parents=True, exist_ok=True)
-    write_atomic(listed.file, "".join(f"{run.path.absolute()}\n" for run in runs))
-    write_atomic(script, text)
+    folder = folder_of(sweep)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    script = folder / f"submit_{len(list(folder.glob('submit_*.sbatch'))) + 1:03d}.sbatch"
+    listed = RunList(script.with_suffix(".txt"), len(chosen), jobs)
+    write_atomic(listed.file, "".join(f"{run.path.absolute()}\n" for run in chosen))
+    write_atomic(script, batch_script(profile, name=sweep.name, script=script, logs=folder / "logs", runs=listed))
     with track(len(chosen), "run directories", "runs") as progress:
         for run in chosen:
             create_run(run)
             progress.advance()
     number = slurm.submit(script)
-    for line, run in zip(listed.lines, chosen, strict=True):
+    for line, run in enumerate(chosen):
         write_job(RunDir(run.path), "slurm", number=f"{number}_{line}")
     return number

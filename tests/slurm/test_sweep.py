@@ -32,7 +32,7 @@ def test_an_array_of_six_runs_two_at_a_time(slurm: Slurm, tmp_path: Path, corpus
     )
     assert "6 runs of kl, 6 to start" in told
     number = told.split("job array ")[1].split(":")[0]
-    assert "#SBATCH --array=0-5%2" in (tmp_path / "runs/kl/submit.sbatch").read_text()
+    assert "#SBATCH --array=0-5%2" in (tmp_path / "runs/kl/submit_001.sbatch").read_text()
     most = 0
 
     def done() -> bool:
