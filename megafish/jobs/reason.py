@@ -18,7 +18,11 @@ _ECHO = re.compile(
     r"closed by peer|connection (?:reset|refused|closed)|DistBackendError|DistNetworkError|NCCL|ProcessGroup",
     re.IGNORECASE,
 )
-_SLURM = re.compile(r"(?:error: \*\*\* |srun: error: |megafish: exit code \d+: )(.*?)(?: \*\*\*)?$")
+_SLURM = re.compile(
+    r"(?:error: \*\*\* |srun: error: |megafish: exit code \d+: (?=no new checkpoint))(.*?)(?: \*\*\*)?$"
+)
+# Put before each line of a traceback by torch.distributed.
+_RANK = re.compile(r"^\[rank\d+\]: ")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 
 
@@ -72,7 +76,7 @@ def _by_silence(folder: Path, pattern: str) -> list[Path]:
 
 def _complaint(lines: list[str]) -> str | None:
     """The last line that a failing process of ours prints: `error: ...`, or the end of a traceback."""
-    for line in reversed(lines):
+    for line in (_RANK.sub("", line) for line in reversed(lines)):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
         if _EXCEPTION.match(line):

@@ -170,8 +170,9 @@ def _state_in_slurm(run: RunDir, life: Life | None, job: Job, view: SlurmView) -
         return RUNNING, None if own is not None and own.state == RUNNING else "starting"
     if state is None:  # Slurm's COMPLETED: the script left with 0
         return _state_from_records(run, own, view)
-    said = own.reason if own is not None and own.state != RUNNING else None
-    return state, said or f"Slurm: {entry.state}" + (f" ({entry.reason})" if entry.reason != "None" else "")
+    if own is not None and own.state == FAILED:
+        return state, own.reason
+    return state, f"Slurm: {entry.state}" + (f" ({entry.reason})" if entry.reason != "None" else "")
 
 
 def _state_from_records(run: RunDir, life: Life | None, view: SlurmView) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megafish.jobs.status import (
@@ -43,7 +44,7 @@ def print_table(found: Sequence[RunStatus]) -> None:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
     for status in found:
         table.add_row(
-            str(status.path),
+            escape(str(status.path)),
             f"[{STYLES[status.state]}]{status.state}[/]",
             f"{status.step:,}",
             "" if status.progress is None else f"{status.progress:.0%}",
@@ -51,7 +52,7 @@ def print_table(found: Sequence[RunStatus]) -> None:
             "" if status.loss is None else f"{status.loss:.3f}",
             "" if status.seconds_left is None else format_duration(status.seconds_left),
             status.job or "",
-            status.reason or "",
+            escape(status.reason or ""),
         )
     console.print(table)
 

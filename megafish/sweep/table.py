@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megafish.jobs.table import STYLES
@@ -28,6 +29,6 @@ def print_entries(sweep: Sweep, entries: list[Entry]) -> None:
             f"{status.step:,}",
             "" if status.loss is None else f"{status.loss:.4f}",
             "" if entry.metric is None else f"{entry.metric:.4f}",
-            status.reason or "",
+            escape(status.reason or ""),
         )
     console.print(table)

@@ -126,7 +126,9 @@ def test_the_reason_is_that_of_the_process_that_fell_silent_first(make: Make) ->
     run = make()
     first = "Traceback (most recent call last):\n  File x\nRuntimeError: [gloo] Connection closed by peer [127.0.0.1]\n"
     run.log_of(0).write_text(first, encoding="utf-8")
-    run.log_of(1).write_text("step 5\nTraceback:\ntorch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
+    run.log_of(1).write_text(
+        "step 5\n[rank1]: Traceback:\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
+    )
     assert reason_in_logs(run) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
     live(run, state="failed", reason="RuntimeError: Connection closed by peer")
     assert run_status(run.path).state == "out of memory"
