@@ -59,7 +59,7 @@ def batch_script(
     return environment.get_template(TEMPLATE).render(
         **profile.model_dump(exclude={"container", "srun_options", "signal"}),
         title=f"{what} on {profile.size}",
-        command=shlex.join(["megafish", *sys.argv[1:]]),
+        command=" ".join(shlex.join(["megafish", *sys.argv[1:]]).split("\n")),
         script=script.absolute(),
         directives=_directives(profile, name, logs, runs),
         array=runs is not None,

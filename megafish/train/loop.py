@@ -120,6 +120,8 @@ def train(
             tracker.note(_opening_line(config, parameters, data, processes, spent, memory))
             if quarantine:
                 tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
+            if budget.used_up(spent):
+                tracker.note(f"nothing is left to do: train.{budget.unit}={budget.total} is used up; raise it to go on")
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
         stack.enter_context(profile)
