@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,7 +103,7 @@ def deepspeed(
         wait_for(prepared)
     else:
         create(prepared)
-        write_job(prepared.run, "deepspeed")
+        write_job(prepared.run, "deepspeed", submitted=time.time())
     os.environ.update(variables)
     code = subprocess.run(command).returncode
     if code:
@@ -160,8 +161,9 @@ def slurm(
         check(prepared, job.world_size)
     create(prepared)
     write_atomic(run.batch_script, script)
+    submitted = time.time()
     number = commands.submit(run.batch_script)
-    write_job(run, "slurm", number=number)
+    write_job(run, "slurm", submitted=submitted, number=number)
     print(f"job {number}: {run.path} on {job.size}, script: {run.batch_script}")
     print(f"next: megafish status {run.path}")
 

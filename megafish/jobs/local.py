@@ -62,7 +62,7 @@ def run_local(prepared: Prepared, processes: int) -> int:
         port = probe.getsockname()[1]
     run = prepared.run
     own = psutil.Process()
-    write_job(run, "local", pid=own.pid, born=own.create_time())
+    write_job(run, "local", submitted=time.time(), pid=own.pid, born=own.create_time())
     with ExitStack() as stack:
         group: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, group)
@@ -90,10 +90,10 @@ def run_local(prepared: Prepared, processes: int) -> int:
 
 def _watch(group: list[subprocess.Popen[bytes]], output: BinaryIO, log: Path) -> int:
     """Show the log until all processes have ended."""
-    code, deadline = 0, float("inf")
+    code, deadline, read = 0, float("inf"), True
     while True:
         ended = [process.poll() for process in group]
-        _copy(output)
+        read = read and _copy(output)
         failed = [number for number in ended if number]
         if failed and not code:
             code = failed[0] if failed[0] > 0 else 128 - failed[0]
@@ -106,10 +106,16 @@ def _watch(group: list[subprocess.Popen[bytes]], output: BinaryIO, log: Path) ->
         time.sleep(_BEAT)
 
 
-def _copy(output: BinaryIO) -> None:
-    while block := output.read(1 << 16):
-        sys.stdout.buffer.write(block)
-        sys.stdout.buffer.flush()
+def _copy(output: BinaryIO) -> bool:
+    """Show what is new in the log; False where nobody reads it (`| head`), which is no reason to end a run."""
+    try:
+        while block := output.read(1 << 16):
+            sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it once more at its end
+        return False
+    return True
 
 
 def _end(group: list[subprocess.Popen[bytes]]) -> None:
@@ -126,8 +132,7 @@ class _HandOn:
 
     def __init__(self, group: list[subprocess.Popen[bytes]]) -> None:
         self._group = group
-
-        self._came_early: int | None = None
+        self._last: int | None = None
 
     def __enter__(self) -> _HandOn:
         self._previous = {number: signal.signal(number, self._send) for number in StopRequest.signals}
@@ -139,11 +144,11 @@ class _HandOn:
 
     def catch_up(self) -> None:
         """Give the newest process the signal that came before it was there."""
-        if self._came_early is not None:
-            self._group[-1].send_signal(self._came_early)
+        if self._last is not None:
+            self._group[-1].send_signal(self._last)
 
     def _send(self, number: int, _frame: FrameType | None) -> None:
-        self._came_early = number
+        self._last = number
         for process in self._group:
             if process.poll() is None:
                 process.send_signal(number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from megafish.errors import InputError
@@ -13,6 +12,8 @@ from megafish.jobs.status import ACTIVE, run_status
 from megafish.run import RunDir
 
 _BEAT = 0.5
+# Bytes at the end of a log in which the last lines are looked for.
+_END = 1 << 22
 # Seconds between questions whether the run goes on: Slurm does not like to be asked often.
 _ASK = 10.0
 
@@ -49,23 +50,20 @@ def log_file(run: RunDir, rank: int | None) -> Path:
 def show(run: RunDir, log: Path, *, lines: int, follow: bool) -> None:
     """Print the last lines of a log; with `follow` go on until the run neither waits nor runs."""
     with open(log, "rb") as file:
-        for block in _last_lines(file.read(), lines):
-            _print(block)
+        file.seek(max(log.stat().st_size - _END, 0))
+        for line in file.read().splitlines(keepends=True)[-lines:] if lines else []:
+            _print(line)
         asked = time.monotonic()
         while follow:
             if block := file.read():
                 _print(block)
                 continue
-            if time.monotonic() - asked > _ASK or asked == 0:
+            if time.monotonic() - asked > _ASK:
                 asked = time.monotonic()
                 if run_status(run.path).state not in ACTIVE:
                     _print(file.read())
                     return
             time.sleep(_BEAT)
-
-
-def _last_lines(text: bytes, lines: int) -> Iterator[bytes]:
-    yield from text.splitlines(keepends=True)[-lines:]
 
 
 def _print(block: bytes) -> None:

@@ -52,11 +52,17 @@ def read_job(run: RunDir) -> Job | None:
 
 
 def write_job(
-    run: RunDir, launcher: str, *, pid: int | None = None, born: float | None = None, number: str | None = None
+    run: RunDir,
+    launcher: str,
+    *,
+    submitted: float,
+    pid: int | None = None,
+    born: float | None = None,
+    number: str | None = None,
 ) -> None:
-    """Say in the run directory what was started for it."""
+    """Say in the run directory what was started for it; `submitted` lies before its start."""
     command = shlex.join(["megafish", *sys.argv[1:]])
-    job = Job(launcher, command, time.time(), os.uname().nodename, pid, born, number)
+    job = Job(launcher, command, submitted, os.uname().nodename, pid, born, number)
     write_atomic(run.job_file, json.dumps(asdict(job), indent=2) + "\n")
 
 

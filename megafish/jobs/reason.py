@@ -10,6 +10,7 @@ from megafish.run import RunDir
 
 # Bytes at the end of a log that are read.
 _TAIL = 1 << 16
+# Logs that are read, of those that fell silent first.
 _FILES = 64
 
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|OutOfMemoryError|out of memory|Cannot allocate memory", re.IGNORECASE)
@@ -23,6 +24,8 @@ _SLURM = re.compile(
 )
 # Put before each line of a traceback by torch.distributed.
 _RANK = re.compile(r"^\[rank\d+\]: ")
+# The first line of a start: what stands before it is of another one.
+_OPENING = re.compile(r"^\S+ (?:starts|continues at step \d+): ")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 
 
@@ -31,15 +34,18 @@ def is_out_of_memory(text: str) -> bool:
     return _OUT_OF_MEMORY.search(text) is not None
 
 
-def reason_in_logs(run: RunDir) -> str | None:
-    """The line that explains a failure, from the logs of the processes, then from Slurm's own; None if none does."""
+def reason_in_logs(run: RunDir, since: float) -> str | None:
+    """The line that explains a failure, from the logs of the processes, then from Slurm's own; None if none does.
+
+    `since`: the last start, in seconds since the epoch. Logs are continued by every start.
+    """
     echo = None
-    for log in _by_silence(run.logs, "rank_*.log"):
+    for log in _by_silence(run.logs, "rank_*.log", since):
         line = _complaint(tail(log))
         if line is not None and not _ECHO.search(line):
             return line
         echo = echo or line
-    for log in _by_silence(run.logs, "slurm_*.log"):
+    for log in _by_silence(run.logs, "slurm_*.log", since):
         for line in reversed(tail(log)):
             if (found := _SLURM.search(line)) is not None:
                 return found[1]
@@ -68,10 +74,10 @@ def tail(path: Path, size: int = _TAIL) -> list[str]:
         return file.read().decode("utf-8", errors="replace").splitlines()
 
 
-def _by_silence(folder: Path, pattern: str) -> list[Path]:
+def _by_silence(folder: Path, pattern: str, since: float) -> list[Path]:
     """Logs, the one that fell silent first before the others: its process was the first to fail."""
-    logs = list(folder.glob(pattern)) if folder.is_dir() else []
-    return sorted(logs, key=lambda log: log.stat().st_mtime)[:_FILES]
+    logs = [(log.stat().st_mtime, log) for log in folder.glob(pattern)] if folder.is_dir() else []
+    return [log for written, log in sorted(logs) if written >= since][:_FILES]
 
 
 def _complaint(lines: list[str]) -> str | None:
@@ -81,4 +87,6 @@ def _complaint(lines: list[str]) -> str | None:
             return line.removeprefix("error: ")
         if _EXCEPTION.match(line):
             return line
+        if _OPENING.match(line):
+            return None
     return None

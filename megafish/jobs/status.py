@@ -120,9 +120,9 @@ def _status(run: RunDir, job: Job | None, view: SlurmView) -> RunStatus:
     train, valid = _last_records(run)
     state, reason = _state(run, life, job, view)
     if state in (FAILED, LOST, OUT_OF_MEMORY):
-        told = reason_in_logs(run)
+        starts = [*([life.started] if life else []), *([job.submitted] if job else [])]
         # The first process may only have seen that another one had gone.
-        reason = told or reason
+        reason = reason_in_logs(run, max(starts, default=0.0)) or reason
         if state == FAILED and reason is not None and is_out_of_memory(reason):
             state = OUT_OF_MEMORY
     last = train[-1] if train else {}
@@ -157,7 +157,7 @@ def _state(run: RunDir, life: Life | None, job: Job | None, view: SlurmView) -> 
 def _state_in_slurm(run: RunDir, life: Life | None, job: Job, view: SlurmView) -> tuple[str, str | None]:
     assert job.number is not None
     entry = view.of(job.number)
-    own = life if life is not None and life.started >= job.submitted else None
+    own = life if life is not None and life.job == job.number else None
     if own is not None and own.state == COMPLETED:
         return COMPLETED, None
     if entry is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from megafish.jobs import slurm
 from megafish.jobs.prepare import Prepared, check, write_job
 from megafish.jobs.profile import Profile
@@ -32,7 +34,8 @@ def submit_array(sweep: Sweep, chosen: list[SweepRun], profile: Profile, jobs: i
         for run in chosen:
             create_run(run)
             progress.advance()
+    submitted = time.time()
     number = slurm.submit(script)
     for line, run in enumerate(chosen):
-        write_job(RunDir(run.path), "slurm", number=f"{number}_{line}")
+        write_job(RunDir(run.path), "slurm", submitted=submitted, number=f"{number}_{line}")
     return number

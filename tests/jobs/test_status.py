@@ -113,7 +113,7 @@ def test_a_run_on_another_machine(make: Make) -> None:
 def test_a_job_that_slurm_cannot_tell_of(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     run = make()
-    write_job(run, "slurm", number="7")
+    write_job(run, "slurm", submitted=time.time(), number="7")
     assert run_status(run.path).reason == "Slurm cannot be asked: squeue is not on this machine"
     run.attempts_file.write_text(f'{{"job": "7", "code": 139, "time": {time.time()}}}\n', encoding="utf-8")
     assert (run_status(run.path).state, run_status(run.path).reason) == ("failed", "exit code 139")
@@ -129,18 +129,21 @@ def test_the_reason_is_that_of_the_process_that_fell_silent_first(make: Make) ->
     run.log_of(1).write_text(
         "step 5\n[rank1]: Traceback:\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
     )
-    assert reason_in_logs(run) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+    assert reason_in_logs(run, 0.0) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
     live(run, state="failed", reason="RuntimeError: Connection closed by peer")
     assert run_status(run.path).state == "out of memory"
     run.log_of(1).write_text("error: stalled: late: rank 1\n", encoding="utf-8")
-    assert reason_in_logs(run) == "stalled: late: rank 1"
+    assert reason_in_logs(run, 0.0) == "stalled: late: rank 1"
+    run.log_of(1).write_text("error: an old one\nr continues at step 7: 2M parameters\n", encoding="utf-8")
+    assert "closed by peer" in str(reason_in_logs(run, 0.0))
+    assert reason_in_logs(run, time.time() + 60) is None
     run.log_of(1).write_text("nothing\n", encoding="utf-8")
-    assert "closed by peer" in str(reason_in_logs(run))
+    assert "closed by peer" in str(reason_in_logs(run, 0.0))
     (run.logs / "slurm_7.log").write_text(
         "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 12:00 DUE TO TIME LIMIT ***\n"
     )
     run.log_of(0).unlink()
-    assert reason_in_logs(run) == "JOB 7 ON n1 CANCELLED AT 12:00 DUE TO TIME LIMIT"
+    assert reason_in_logs(run, 0.0) == "JOB 7 ON n1 CANCELLED AT 12:00 DUE TO TIME LIMIT"
 
 
 def test_runs_are_found_below_folders(make: Make, tmp_path: Path) -> None:
