@@ -46,7 +46,7 @@ def main() -> None:
     from megafish.jobs.status import find_runs, statuses
     from megafish.run import RunDir
     from megafish.sweep.expand import expand
-    from megafish.sweep.folder import create_run
+    from megafish.sweep.folder import claim, create_run
     from megafish.sweep.spec import load_sweep
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,9 @@ def main() -> None:
 
         runs = expanded()
         record = {"kind": "train", "time": time.time(), "loss": 4.2, "tokens_per_s": 1e4, "data_hash": "0" * 16}
-        metrics = "".join(json.dumps({**record, "step": step, "progress": step / 4000}) + "\n" for step in range(2000))
+        valid = json.dumps({"kind": "valid", "step": 1900, "valid_loss": 4.5}) + "\n"
+        steps = [json.dumps({**record, "step": step, "progress": step / 4000}) + "\n" for step in range(2000)]
+        metrics = "".join([*steps[:1900], valid, *steps[1900:]])
         life = {
             "state": "stopped", "reason": "stopped by SIGTERM", "host": "n1", "pid": 1, "born": 0.0, "started": 1.0,
             "ended": 2.0, "processes": 8, "job": None,
@@ -70,8 +72,10 @@ def main() -> None:
             directory.metrics_file.write_text(metrics, encoding="utf-8")
             directory.status_file.write_text(json.dumps(life), encoding="utf-8")
 
-        def command() -> None:
-            subprocess.run([sys.executable, "-m", "megafish", "status"], check=True, stdout=subprocess.DEVNULL)
+        claim(load_sweep(file), file.resolve(), ["data.train=corpus"])
+
+        def command(*words: str) -> None:
+            subprocess.run([sys.executable, "-m", "megafish", *words], check=True, stdout=subprocess.DEVNULL)
 
         def asked() -> list[Any]:
             return statuses(find_runs([Path("runs")]))
@@ -82,7 +86,8 @@ def main() -> None:
                 f"state of {len(runs):,} run directories",
                 seconds(asked, args.repeats),
             ),
-            ("`megafish status` of them, start to end", seconds(command, args.repeats)),
+            ("`megafish status` of them, start to end", seconds(lambda: command("status"), args.repeats)),
+            ("`megafish sweep status`", seconds(lambda: command("sweep", "status", "thousand.yaml"), args.repeats)),
         ]
     text = common.table([(what, f"{took:.2f}") for what, took in rows], ("work", "time [s]"))
     print(text)

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megafish.config import Config, changed_settings, load_config, preset_names
+from megafish.config import Config, changed_settings, dump_config, load_config, preset_names
 from megafish.errors import InputError
 from megafish.life import is_alive
 from megafish.run import RunDir, read_json, write_atomic
@@ -94,6 +94,8 @@ def refuse_another(run: RunDir, config: Config) -> None:
     """InputError where the directory holds a run that has begun, with another configuration."""
     if not (run.config_file.is_file() and run.used):
         return
+    if run.config_file.read_text(encoding="utf-8") == dump_config(config):
+        return  # quicker than to read a thousand files of a sweep
     changed = changed_settings(run.load_config(), config)
     if changed:
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -10,12 +10,15 @@ from typing import Any
 from megafish.config_yaml import dump_yaml, read_tree
 from megafish.errors import InputError
 from megafish.jobs.prepare import Prepared, create, refuse_another
+from megafish.jobs.reason import tail
 from megafish.jobs.status import ACTIVE, COMPLETED, NOT_STARTED, RunStatus, statuses
 from megafish.run import RunDir, read_json, write_atomic
 from megafish.sweep.expand import RUNS, SweepRun
 from megafish.sweep.spec import Metric, Sweep
 
 SHEET = "sweep.yaml"
+_TAIL = 1 << 16
+"""Bytes at the end of metrics.jsonl that are read first."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,17 @@ def metric_of(run: RunDir, name: str) -> float | None:
         return _audited(run, name.removeprefix("audit.").split("."))
     if not run.metrics_file.is_file():
         return None
-    # From the end: the file of a long run is large, and the last value is near.
-    for line in reversed(run.metrics_file.read_bytes().splitlines()):
-        if f'"{name}"'.encode() not in line:
-            continue
-        try:
-            value = json.loads(line).get(name)
-        except ValueError:
-            continue  # cut off by a kill
-        if isinstance(value, (int, float)):
-            return float(value)
+    # The file of a long run is large, and the last value mostly near its end.
+    for size in (_TAIL, run.metrics_file.stat().st_size):
+        for line in reversed(tail(run.metrics_file, size)):
+            if f'"{name}"' not in line:
+                continue
+            try:
+                value = json.loads(line).get(name)
+            except ValueError:
+                continue  # cut off by a kill, or where the tail begins
+            if isinstance(value, (int, float)):
+                return float(value)
     return None
 
 
