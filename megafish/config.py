@@ -119,25 +119,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _divides_among_the_mesh(self) -> Config:
-        tensor, sequence = self.engine.tensor_parallel, self.engine.sequence_parallel
-        of_tensor = f"engine.tensor_parallel={tensor}"
-        of_both = f"{of_tensor} x engine.sequence_parallel={sequence} = {tensor * sequence}"
-        kv_heads = self.model.resolved_kv_heads
-        for name, size, degree, said in (
-            ("model.num_heads", self.model.num_heads, tensor * sequence, of_both),
-            ("model.num_kv_heads", kv_heads, tensor, of_tensor),
-            ("model.intermediate_size", self.model.intermediate_size, tensor, of_tensor),
-            ("data.sequence_length", self.data.sequence_length, tensor * sequence, of_both),
-        ):
-            if size % degree:
-                raise ValueError(f"{name}={size} is not a multiple of {said}")
-        own = kv_heads // tensor
-        if own % sequence and sequence % own:
-            raise ValueError(
-                f"{own} key/value heads (model.num_kv_heads={kv_heads} / {of_tensor}) can neither be shared out among "
-                f"engine.sequence_parallel={sequence} processes nor repeated for them: one must be a multiple of "
-                "the other"
-            )
+        fault = mesh_fault(self, self.engine.tensor_parallel, self.engine.sequence_parallel)
+        if fault is not None:
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -163,6 +147,29 @@ class Config(Section):
     def run_path(self) -> Path:
         """Directory of the run."""
         return Path(self.run_dir).expanduser() if self.run_dir is not None else Path("runs") / self.name
+
+
+def mesh_fault(config: Config, tensor: int, sequence: int) -> str | None:
+    """Why a model cannot be spread over this many tensor- and sequence-parallel processes; None where it can."""
+    model = config.model
+    of_tensor = f"engine.tensor_parallel={tensor}"
+    of_both = f"{of_tensor} x engine.sequence_parallel={sequence} = {tensor * sequence}"
+    kv_heads = model.resolved_kv_heads
+    for name, size, degree, said in (
+        ("model.num_heads", model.num_heads, tensor * sequence, of_both),
+        ("model.num_kv_heads", kv_heads, tensor, of_tensor),
+        ("model.intermediate_size", model.intermediate_size, tensor, of_tensor),
+        ("data.sequence_length", config.data.sequence_length, tensor * sequence, of_both),
+    ):
+        if size % degree:
+            return f"{name}={size} is not a multiple of {said}"
+    own = kv_heads // tensor
+    if own % sequence and sequence % own:
+        return (
+            f"{own} key/value heads (model.num_kv_heads={kv_heads} / {of_tensor}) can neither be shared out among "
+            f"engine.sequence_parallel={sequence} processes nor repeated for them: one must be a multiple of the other"
+        )
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

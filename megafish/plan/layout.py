@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from megafish.config import Config
+from megafish.config import Config, mesh_fault
 from megafish.errors import InputError
 
 Device = Literal["cpu", "cuda"]
@@ -151,20 +151,13 @@ def misfit(config: Config, layout: Layout) -> str | None:
             f"{layout.world} processes are not a multiple of tensor x sequence parallel = {tensor} x {sequence}: "
             "start another number of processes, or lower a degree"
         )
-    for name, size, degree in (
-        ("model.num_heads", model.num_heads, tensor * sequence),
-        ("model.num_kv_heads", model.resolved_kv_heads, tensor),
-        ("model.intermediate_size", model.intermediate_size, tensor),
-        ("model.vocab_size", model.vocab_size or 64, tensor),
-        ("data.sequence_length", config.data.sequence_length, tensor * sequence),
-    ):
-        if size % degree:
-            return f"{name}={size} is not a multiple of {degree} (tensor x sequence parallel = {tensor} x {sequence})"
+    fault = mesh_fault(config, tensor, sequence)
+    if fault is not None:
+        return fault
+    if (model.vocab_size or 64) % tensor:  # null is rounded up to a multiple of 64
+        return f"model.vocab_size={model.vocab_size} is not a multiple of engine.tensor_parallel={tensor}"
     if tensor > 1 and config.optimizer.name == "muon":
         return "Muon orthogonalizes whole matrices, which tensor parallelism would cut"
-    own = model.resolved_kv_heads // tensor
-    if own % sequence and sequence % own:
-        return f"{own} key/value heads can neither be shared out among {sequence} processes nor repeated for them"
     share = layout.micro_batch * layout.replicas
     if config.train.global_batch_size % share:
         below = config.train.global_batch_size // share * share
