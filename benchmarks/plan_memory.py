@@ -302,7 +302,11 @@ def main() -> None:
             result = work(entry)
             with open(Path(folder) / f"rank{result['rank']}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-        return
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # no process leaves while another still waits for it
+        # Not by way of the interpreter's end: once in some dozens of times a thread of torch's that still wants Python
+        # then aborts the process, which has done its work.
+        os._exit(0)
     counts = [int(count) for count in options.processes.split(",")]
     if options.large:
         large = {

@@ -126,6 +126,15 @@ class Profile(Section):
             raise ValueError(f"environment: {wrong[0]!r} is no name of a variable")
         return variables
 
+    @model_validator(mode="after")
+    def _leaves_time_before_the_signal(self) -> Profile:
+        if self.time is not None and self.signal is not None and 60 * minutes(self.time) <= self.signal_seconds:
+            raise ValueError(
+                f"time={self.time} with signal_seconds={self.signal_seconds}: the signal would come at the start: "
+                "raise the first, or lower the second"
+            )
+        return self
+
     @property
     def tasks(self) -> int:
         """Processes of each node."""
@@ -141,6 +150,20 @@ class Profile(Section):
         """Nodes and processes in words."""
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
         return f"{nodes} x {self.tasks} {'process' if self.tasks == 1 else 'processes'}"
+
+
+def minutes(time: str) -> float:
+    """A time limit in Slurm's form: M, M:SS, H:MM:SS, D-H, D-HH:MM, D-HH:MM:SS."""
+    if time == "UNLIMITED":
+        return float("inf")
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minute, second = (*parts, 0, 0)[:3]
+        return 1440 * int(days) + 60 * hours + minute + second / 60
+    if len(parts) == 3:
+        return 60 * parts[0] + parts[1] + parts[2] / 60
+    return parts[0] + (parts[1] / 60 if len(parts) == 2 else 0)
 
 
 def profile_names() -> list[str]:

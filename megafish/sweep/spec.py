@@ -52,7 +52,7 @@ class Distribution:
 class Metric(BaseModel):
     """What the runs are ranked by."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str = "valid_loss"
     """Key of a record of metrics.jsonl (the last one counts), or audit.KEY.KEY of the newest audit's summary."""

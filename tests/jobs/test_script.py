@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megafish.errors import InputError
-from megafish.jobs.profile import Profile, load_profile, profile_names
+from megafish.jobs.profile import Profile, load_profile, minutes, profile_names
 from megafish.jobs.script import RunList, batch_script
 
 
@@ -93,6 +93,7 @@ def test_an_array_takes_its_run_from_a_line_of_the_list(tmp_path: Path) -> None:
         (["slurm.nods=2"], "unknown key nods: did you mean nodes?"),
         (["slurm.nodes=0"], "nodes=0: must be a whole number, at least 1"),
         (["slurm.time=tomorrow"], "time=tomorrow: must be minutes, H:MM:SS or D-HH:MM:SS"),
+        (["slurm.time=3"], "time=3 with signal_seconds=180: the signal would come at the start"),
         (["slurm.partition=a b"], "partition=a b: must be one word"),
         (["slurm.environment={A-B: x}"], "'A-B' is no name of a variable"),
         (["slurm.container.runtime=pyxis"], "set both, or neither"),
@@ -101,6 +102,14 @@ def test_an_array_takes_its_run_from_a_line_of_the_list(tmp_path: Path) -> None:
 def test_bad_settings_are_named(words: list[str], told: str) -> None:
     with pytest.raises(InputError, match=re.escape(told)):
         load_profile(None, words)
+
+
+@pytest.mark.parametrize(
+    ("time", "length"),
+    [("90", 90), ("2:30", 2.5), ("1:02:30", 62.5), ("2-3", 3060), ("1-00:30", 1470), ("1-00:30:30", 1470.5)],
+)
+def test_time_limits_are_read_as_slurm_does(time: str, length: float) -> None:
+    assert minutes(time) == length
 
 
 def test_an_unknown_profile_gets_a_hint() -> None:
