@@ -249,3 +249,4 @@ if __name__ == "__main__":
         torch.save(outcome, sys.argv[1])
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # the interpreter's end may abort: see vocab_parallel.py
