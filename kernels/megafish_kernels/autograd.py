@@ -61,12 +61,13 @@ class Call:
         wanted = ctx.needs_input_grad
         return (wanted[0] and self.grad_enabled, wanted[1] and self.grad_enabled, wanted[2] and self.grad_enabled)
 
-    def reduced(self, row: Tensor) -> Tensor:
+    def reduced(self, done: RowLoss) -> Tensor:
         """Losses of rows [n] -> what the call returns: their weighted sum, scaled, or the weighted rows."""
-        loss = row if self.row_weight is None else row * self.row_weight
+        loss = done.loss if done.weight is None else done.loss * done.weight
+        loss = loss if self.row_weight is None else loss * self.row_weight
         if self.scale is None:
             # Never the tensor of the rows itself, which may be the cross-entropy too: that one has no gradient.
-            return loss.clone() if loss is row else loss
+            return loss.clone() if loss is done.loss else loss
         # Without any kept token the sum is an exact 0, whatever the scale (1/0, say) may be.
         total = loss.sum()
         if isinstance(self.count, Tensor):
@@ -113,7 +114,7 @@ class OnePass(torch.autograd.Function):
             done, gradients = torch_backend.sweep(
                 rows, weight, bias, call.options, 1.0 if alpha is None else alpha, needs
             )
-            loss = call.reduced(done.loss)
+            loss = call.reduced(done)
         ctx.save_for_backward(hidden, weight, bias, call.targets, call.index, call.row_weight, scale)
         ctx.call, ctx.needs, ctx.alpha = call, needs, alpha
         ctx.ready = gradients
@@ -153,15 +154,15 @@ class TwoPass(torch.autograd.Function):
             taken = full if call.index is None else full.index_select(0, call.index)
             taken, weight = taken.contiguous(), weight.contiguous()
             done, logits = _rows(call, taken, weight, bias, any(needs))
-            loss = call.reduced(done.loss)
-        ctx.save_for_backward(taken, weight, bias, call.targets, call.row_weight, call.scale, done.lse)
+            loss = call.reduced(done)
+        ctx.save_for_backward(taken, weight, bias, call.targets, call.row_weight, call.scale, done.lse, done.weight)
         ctx.call, ctx.needs, ctx.logits = call, needs, logits
         return _outputs(ctx, loss, done)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        taken, weight, bias, targets, row_weight, scale, lse = ctx.saved_tensors
+        taken, weight, bias, targets, row_weight, scale, lse, focus = ctx.saved_tensors
         call: Call = ctx.call
         # Used up: a second backward through a retained graph computes all logits anew.
         logits, ctx.logits = ctx.logits, None
@@ -170,6 +171,7 @@ class TwoPass(torch.autograd.Function):
             if scale is not None:
                 factors = factors * scale
             factors = factors.expand(lse.shape) if row_weight is None else factors * row_weight
+            factors = factors if focus is None else factors * focus
             local = targets if call.shard is None else targets - call.shard.offset
             if call.triton:
                 from megafish_kernels import triton_loss
@@ -191,12 +193,11 @@ class TwoPass(torch.autograd.Function):
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtypes that they are given; the meta device has no autocast to switch off."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
 
 
 def _outputs(ctx: Any, loss: Tensor, done: RowLoss) -> tuple[Tensor | None, ...]:
-    facts = (done.cross_entropy, done.lse, done.entropy, done.correct)
+    facts = (done.cross_entropy, done.lse, done.entropy, done.correct if ctx.call.options.stats else None)
     ctx.mark_non_differentiable(*(fact for fact in facts if fact is not None))
     return loss, *facts
 
@@ -226,6 +227,7 @@ def _rows(call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_g
         vocab_size=options.vocab_size,
         label_smoothing=options.label_smoothing,
         z_loss=options.z_loss,
+        entropy_power=options.entropy_weight,
     )
     if not isinstance(call.count, Tensor):
         return done, logits
@@ -234,7 +236,7 @@ def _rows(call: Call, taken: Tensor, weight: Tensor, bias: Tensor | None, need_g
     def only_real(value: Tensor | None) -> Tensor | None:
         return None if value is None else torch.where(real, value, torch.zeros_like(value))
 
-    facts = (done.loss, done.cross_entropy, done.lse, done.entropy, done.correct)
+    facts = (done.loss, done.cross_entropy, done.lse, done.entropy, done.correct, done.weight)
     return RowLoss(*map(only_real, facts)), logits  # type: ignore[arg-type]
 
 

@@ -91,6 +91,16 @@ def check_options(
         raise ValueError(f'return_stats: {return_stats!r} is not one of False, True, "loss"')
 
 
+def check_entropy_weight(given: tuple[float, float] | None) -> None:
+    """Refuse what is not (sigma, gamma)."""
+    if given is None:
+        return
+    if not isinstance(given, tuple) or len(given) != 2 or not all(0 <= number < math.inf for number in given):
+        raise ValueError(f"entropy_weight: {given!r} must be (sigma, gamma), two numbers of at least 0")
+    if not given[1]:
+        raise ValueError("entropy_weight: gamma 0 weighs all tokens alike; None for that")
+
+
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Shard | None) -> None:
     """Refuse shapes, dtypes and devices of the call's own tensors that do not fit each other."""
     for name, tensor in (("weight", weight), ("bias", bias), ("hidden", hidden), ("targets", targets)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megafish_kernels.autograd import Call
-from megafish_kernels.rows import KeptRows
+from megafish_kernels.rows import KeptRows, kept_weights
 from megafish_kernels.torch_backend import Options, reduction_dtype
 
 
@@ -29,6 +29,7 @@ class _Flags(NamedTuple):
     deferred: bool
     """Gradients are computed in the backward."""
     stats: bool
+    entropy: bool
     triton: bool
 
     @property
@@ -66,7 +67,7 @@ def _call(
 ) -> Call:
     from megafish_kernels.loss import make_call
 
-    z_loss, label_smoothing, softcap, logit_scale = scalars
+    z_loss, label_smoothing, softcap, logit_scale, sigma, gamma = scalars
     options = Options(
         vocab_size=vocab_size,
         columns=vocab_size,
@@ -76,6 +77,7 @@ def _call(
         logit_scale=logit_scale,
         logits_bytes=logits_bytes,
         stats=flags.stats,
+        entropy_weight=(sigma, gamma) if gamma else None,
         dtype=reduction_dtype(hidden.dtype),
     )
     rows = None if index is None else KeptRows(index, index.shape[0] if count is None else count)
@@ -136,7 +138,7 @@ def _(
     flag, dtype, shape = _Flags(*others[4]), reduction_dtype(hidden.dtype), targets.shape
     loss = hidden.new_empty(shape if flag.per_token else (), dtype=dtype)
     cross_entropy, lse = hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=dtype)
-    entropy = hidden.new_empty(shape if flag.stats else (0,), dtype=dtype)
+    entropy = hidden.new_empty(shape if flag.entropy else (0,), dtype=dtype)
     correct = hidden.new_empty(shape, dtype=torch.bool) if flag.stats else hidden.new_empty(0, dtype=dtype)
     needs = (False, False, False) if flag.deferred else flag.needs
     return loss, cross_entropy, lse, entropy, correct, *_fake_gradients(needs, hidden, weight, bias)
@@ -225,7 +227,10 @@ def run(
     """(loss, cross_entropy, lse, entropy, correct), all but a scalar loss in the shape of the targets."""
     grad, per_token = torch.is_grad_enabled(), reduction == "none"
     needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
-    flags = [*needs, per_token, per_token or hidden.dtype == torch.float16, options.stats, triton]
+    deferred = per_token or hidden.dtype == torch.float16
+    flags = [*needs, per_token, deferred, options.stats, options.entropy, triton]
+    scalars = [options.z_loss, options.label_smoothing, options.softcap or 0.0, options.logit_scale]
+    scalars += options.entropy_weight or (0.0, 0.0)
     index, count = (None, None) if rows is None else rows
     loss, cross_entropy, lse, entropy, correct, *_ = _forward(
         hidden,
@@ -237,37 +242,16 @@ def run(
         index,
         count if isinstance(count, Tensor) else None,
         flags,
-        [options.z_loss, options.label_smoothing, options.softcap or 0.0, options.logit_scale],
+        scalars,
         options.vocab_size,
         ignore_index,
         options.logits_bytes,
     )
     if reduction == "mean":
         if denominator is None:
-            denominator = _weight_of_kept(targets, token_weight, drop, rows, ignore_index, loss.dtype)
+            denominator = kept_weights(targets, token_weight, drop, rows, ignore_index, loss.dtype).sum()
         if isinstance(denominator, Tensor):
             # Without a kept token the loss and its gradients are 0, and not 0 / 0.
             denominator = denominator + ((denominator == 0) & (loss.detach() == 0))
         loss = loss / denominator
-    return loss, cross_entropy, lse, entropy if options.stats else None, correct if options.stats else None
-
-
-def _weight_of_kept(
-    targets: Tensor,
-    token_weight: Tensor | None,
-    drop: Tensor | None,
-    rows: KeptRows | None,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Sum of the weights of the kept tokens, 0-d, added up in dtype: a sum in bf16 would not count beyond 256."""
-    weights = torch.ones_like(targets, dtype=dtype) if token_weight is None else token_weight.detach().to(dtype)
-    if rows is None:
-        keep = targets != ignore_index
-        if drop is not None:
-            keep = keep & ~drop
-        return torch.where(keep, weights, 0).sum()
-    taken = weights.reshape(-1).index_select(0, rows.index)
-    if isinstance(rows.count, Tensor):
-        taken = torch.where(torch.arange(taken.shape[0], device=taken.device) < rows.count, taken, 0)
-    return taken.sum()
+    return loss, cross_entropy, lse, entropy if options.entropy else None, correct if options.stats else None

@@ -13,6 +13,7 @@ from megafish_kernels.autograd import Call
 from megafish_kernels.backends import Backend, takes_triton
 from megafish_kernels.checks import (
     check_companions,
+    check_entropy_weight,
     check_ids,
     check_kinds,
     check_options,
@@ -20,7 +21,8 @@ from megafish_kernels.checks import (
     check_tensors,
     integer,
 )
-from megafish_kernels.rows import KeptRows, compact_rows
+from megafish_kernels.partials import entropy_weight as weight_of_entropy
+from megafish_kernels.rows import KeptRows, compact_rows, kept_weights
 from megafish_kernels.shard import Shard, own_columns
 from megafish_kernels.tiles import overriding
 from megafish_kernels.torch_backend import Options, reduction_dtype
@@ -32,7 +34,7 @@ class LossStats(NamedTuple):
     lse: Tensor
     """Log-sum-exp of the logits, fp32 (float64 for float64 hidden states)."""
     entropy: Tensor | None
-    """Entropy of the prediction in nats, in the dtype of lse; None with return_stats="loss"."""
+    """Entropy of the prediction in nats, in the dtype of lse; None with return_stats="loss" and no entropy_weight."""
     correct: Tensor | None
     """bool: the target has the highest logit, or is the first of those that share it; None with return_stats="loss"."""
     cross_entropy: Tensor
@@ -55,6 +57,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    entropy_weight: tuple[float, float] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
@@ -96,6 +99,10 @@ def linear_cross_entropy(
         reduction: "mean", "sum", or "none" for the loss of each token, 0 where left out.
         z_loss: coefficient of lse^2, added to each token's loss before its weight (PaLM, arXiv 2204.02311, section 5).
         label_smoothing: a of (1 - a) * onehot + a / vocab_size as the target's distribution.
+        entropy_weight: (sigma, gamma) multiplies each token's loss, with its z-loss and smoothing, by
+            (sigma + entropy)^gamma, where the entropy [nats] is that of its prediction and gets no gradient: tokens
+            that are hard to learn count more (MiLe, arXiv 2310.19531, section 3). "mean" divides by the sum of these
+            weights then, unless there is a denominator.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         logit_scale: multiplies the logits, before the softcap.
         vocab_size: ids of the whole vocabulary; rows of weight past it are padding, take no part and get no gradient.
@@ -134,6 +141,7 @@ def linear_cross_entropy(
     )
     ignore_index = integer("ignore_index", ignore_index)
     check_options(denominator, reduction, z_loss, label_smoothing, softcap, logit_scale, logits_bytes, return_stats)
+    check_entropy_weight(entropy_weight)
     if audit_dropped and (drop is None or not return_stats):
         raise ValueError("audit_dropped: asks for the loss of dropped tokens: give drop and return_stats")
     if vocab_size is None:
@@ -156,7 +164,8 @@ def linear_cross_entropy(
         raise ValueError(f"vocab_size: {vocab_size} must be at least 1 and at most {bound}")
 
     device = hidden.device
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # torch.amp.is_autocast_available says the same, but torch.compile traces it from torch 2.12 on alone.
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     if autocast and hidden.dtype != torch.float64:
         compute = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(compute), weight.to(compute)
@@ -176,9 +185,13 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         logits_bytes=logits_bytes,
         stats=return_stats is True,
+        entropy_weight=entropy_weight,
         dtype=reduction_dtype(hidden.dtype),
     )
-    selection = (targets, token_weight, drop, rows, ignore_index, reduction, denominator, options, use_triton)
+    # The sum of these weights is known after the sum of the losses.
+    own_mean = entropy_weight is not None and reduction == "mean" and denominator is None
+    inner = "sum" if own_mean else reduction
+    selection = (targets, token_weight, drop, rows, ignore_index, inner, denominator, options, use_triton)
     if torch.compiler.is_compiling():
         if shard is not None or main_grad is not None:
             # Tracing ends here, and the call is made outside the graph.
@@ -189,6 +202,12 @@ def linear_cross_entropy(
         outputs = call.function.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
         loss = call.shaped(outputs[0], targets.shape) if reduction == "none" else outputs[0]
         facts = [None if fact is None else call.shaped(fact, targets.shape) for fact in outputs[1:]]
+    if own_mean:
+        assert facts[2] is not None and entropy_weight is not None
+        weights = weight_of_entropy(facts[2], *entropy_weight)
+        kept = kept_weights(targets, token_weight, drop, rows, ignore_index, weights.dtype)
+        total = (weights * kept).sum()
+        loss = loss / torch.where(total > 0, total, 1)
     if not return_stats:
         return loss
     dropped = None

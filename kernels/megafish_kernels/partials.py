@@ -24,7 +24,7 @@ class Fields:
     smoothing: bool
     """The sum of all logits is wanted."""
     stats: bool
-    """Entropy and accuracy are wanted."""
+    """Entropy and accuracy are wanted, or one of them."""
 
     maximum = 0
     sum_exp = 1
@@ -63,6 +63,14 @@ class RowLoss:
     lse: Tensor
     entropy: Tensor | None
     correct: Tensor | None
+    weight: Tensor | None = None
+    """By which the entropy multiplies the row's loss; None for 1."""
+
+
+def entropy_weight(entropy: Tensor, sigma: float, gamma: float) -> Tensor:
+    """(sigma + entropy)^gamma of each row (MiLe, arXiv 2310.19531, section 3). Rounding can make a certain prediction's
+    entropy fall below 0."""
+    return entropy.clamp(min=0).add_(sigma).pow_(gamma)
 
 
 def merge(parts: Tensor, fields: Fields) -> Tensor:
@@ -87,9 +95,17 @@ def merge(parts: Tensor, fields: Fields) -> Tensor:
 
 
 def row_loss(
-    figures: Tensor, fields: Fields, targets: Tensor, *, vocab_size: int, label_smoothing: float, z_loss: float
+    figures: Tensor,
+    fields: Fields,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_power: tuple[float, float] | None = None,
 ) -> RowLoss:
-    """The losses of rows from the figures [F, n] of their whole vocabulary; `targets` [n] are ids of it."""
+    """The losses of rows from the figures [F, n] of their whole vocabulary; `targets` [n] are ids of it;
+    entropy_power: (sigma, gamma) of `entropy_weight`."""
     top, at_target = figures[fields.maximum], figures[fields.target]
     log_sum = figures[fields.sum_exp].log()
     lse = top + log_sum
@@ -104,4 +120,5 @@ def row_loss(
     if not fields.stats:
         return RowLoss(loss, cross_entropy, lse, None, None)
     entropy = log_sum - figures[fields.moment] / figures[fields.sum_exp]
-    return RowLoss(loss, cross_entropy, lse, entropy, figures[fields.best] == targets)
+    weight = None if entropy_power is None else entropy_weight(entropy, *entropy_power)
+    return RowLoss(loss, cross_entropy, lse, entropy, figures[fields.best] == targets, weight)

@@ -18,6 +18,7 @@ def reference_linear_cross_entropy(
     reduction: str = "mean",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    entropy_weight: tuple[float, float] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
@@ -44,6 +45,9 @@ def reference_linear_cross_entropy(
 
     lse = torch.logsumexp(logits, dim=-1)
     log_p = logits - lse[..., None]
+    if entropy_weight is not None:
+        sigma, gamma = entropy_weight
+        weights = weights * (sigma + torch.special.entr(log_p.detach().exp()).sum(dim=-1)) ** gamma
     at_target = log_p.gather(-1, torch.where(keep, targets, 0)[..., None])[..., 0]
     loss = -(1 - label_smoothing) * at_target - label_smoothing * log_p.mean(dim=-1) + z_loss * lse**2
     loss = torch.where(keep, loss * weights, 0.0)
@@ -55,7 +59,7 @@ def reference_linear_cross_entropy(
     with torch.no_grad():
         stats = {
             "lse": torch.where(keep, lse, 0.0),
-            "entropy": torch.where(keep, -(log_p.exp() * log_p).sum(dim=-1), 0.0),
+            "entropy": torch.where(keep, torch.special.entr(log_p.exp()).sum(dim=-1), 0.0),
             "correct": keep & (logits.argmax(dim=-1) == targets),
             "cross_entropy": torch.where(keep, -at_target, 0.0),
         }

@@ -153,3 +153,27 @@ def _compact_torch(keep: Tensor) -> KeptRows:
     index = torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
     index.scatter_(0, place, torch.where(keep, row, 0).int())
     return KeptRows(index, count.int())
+
+
+def kept_weights(
+    targets: Tensor,
+    token_weight: Tensor | None,
+    drop: Tensor | None,
+    rows: KeptRows | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weight of every token, 0 where it is left out, in the targets' shape; arguments as in linear_cross_entropy."""
+    weights = torch.ones_like(targets, dtype=dtype) if token_weight is None else token_weight.detach().to(dtype)
+    if rows is None:
+        keep = targets != ignore_index
+        if drop is not None:
+            keep = keep & ~drop
+        return torch.where(keep, weights, 0)
+    # Past the count the index says 0, which may be a kept row: those go to one more place, which is cut off.
+    size = targets.numel()
+    place = rows.index.long()
+    if isinstance(rows.count, Tensor):
+        place = torch.where(torch.arange(len(place), device=place.device) < rows.count, place, size)
+    keep = torch.zeros(size + 1, dtype=torch.bool, device=targets.device).index_fill(0, place, True)[:size]
+    return torch.where(keep.view(targets.shape), weights, 0)

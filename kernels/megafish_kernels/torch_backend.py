@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megafish_kernels.partials import LOWEST, Fields, RowLoss
+from megafish_kernels.partials import LOWEST, Fields, RowLoss, entropy_weight
 
 # Bytes of the logits buffer and fewest rows of a chunk if the caller names no size. Fewer rows starve the products,
 # which then read the weight and its gradient from memory once a chunk for too little work.
@@ -47,13 +47,20 @@ class Options:
     logits_bytes: int | None = None
     stats: bool = False
     """Entropy and accuracy are wanted, which cost passes of their own."""
+    entropy_weight: tuple[float, float] | None = None
+    """(sigma, gamma): (sigma + entropy)^gamma multiplies a row's loss, as a constant."""
     dtype: torch.dtype = torch.float32
     """Of sums and losses."""
 
     @property
     def fields(self) -> Fields:
         """The figures that a part of the vocabulary has to give."""
-        return Fields(self.label_smoothing > 0, self.stats)
+        return Fields(self.label_smoothing > 0, self.entropy)
+
+    @property
+    def entropy(self) -> bool:
+        """Whether the entropy is needed."""
+        return self.stats or self.entropy_weight is not None
 
 
 @dataclass(frozen=True)
@@ -283,17 +290,18 @@ class _Chunks:
                 torch.addmm(self.shift, scaled, self.weight.t(), out=padded)
             yield _Chunk(part, taken, padded, target)
 
-    def early_factor(self, part: slice) -> Tensor | None:
-        """The factor [n, 1] that goes into the logits' gradient before it is rounded to a low dtype. Otherwise the
-        factors cost less in the products' other side."""
-        factor = self.rows.factor
-        return factor[part, None] if self.low and factor is not None else None
+    def factor(self, chunk: _Chunk) -> Tensor | None:
+        """The factor [n, 1] of a chunk's rows. In a low dtype it goes into the logits' gradient before that is rounded;
+        otherwise it costs less in the products' other side (`add`)."""
+        return None if self.rows.factor is None else self.rows.factor[chunk.part, None]
 
-    def add(self, chunk: _Chunk) -> None:
-        """Add up the gradients that follow from the gradient of the logits, which now stands in their place."""
+    def add(self, chunk: _Chunk, factor: Tensor | None) -> None:
+        """Add up the gradients that follow from the gradient of the logits, which now stands in their place; factor
+        [n, 1], unless it is in there."""
         rows, alpha, columns, part = self.rows, self.alpha, self.options.columns, chunk.part
         padded, product, taken = chunk.padded, chunk.product, chunk.taken
-        factor = None if self.low or rows.factor is None else rows.factor[part, None]
+        if self.low:
+            factor = None
         if self.low:
             padded[len(product) :].zero_()
         grad_hidden, grad_weight, grad_bias = self.gradients
@@ -329,11 +337,15 @@ def sweep(
     hidden, count = rows.hidden, rows.targets.shape[0]
     chunks, work = _Chunks(rows, weight, bias, options, alpha, needs), _RowWork(hidden, options)
     loss, cross_entropy, lse = (hidden.new_empty(count, dtype=work.dtype) for _ in range(3))
-    entropy = hidden.new_empty(count, dtype=work.dtype) if options.stats else None
+    entropy = hidden.new_empty(count, dtype=work.dtype) if options.entropy else None
     correct = hidden.new_empty(count, dtype=torch.bool) if options.stats else None
+    focus = hidden.new_empty(count, dtype=work.dtype) if options.entropy_weight is not None else None
     smooth, need_any = options.label_smoothing, any(needs)
     for chunk in chunks:
-        factor = chunks.early_factor(chunk.part)
+        factor = chunks.factor(chunk)
+        if focus is not None:
+            ones = hidden.new_ones(len(chunk.target), 1, dtype=work.dtype)
+            factor = ones if factor is None else factor.clone()
         for some, given, logits in work.blocks(chunk.product):
             place = slice(chunk.part.start + some.start, chunk.part.start + some.stop)
             target = chunk.target[some]
@@ -342,21 +354,28 @@ def sweep(
             mean = logits.mean(dim=1) if smooth else None
             if correct is not None:
                 torch.eq(logits.argmax(dim=1), target[:, 0], out=correct[place])
+            below = None if entropy is None else logits - logits.amax(dim=1)[:, None]
             top, log_sum = _softmax_(logits)
             torch.add(top, log_sum, out=lse[place])
             row = torch.add(top - at_target, log_sum, out=cross_entropy[place])
-            if entropy is not None:
-                torch.sum(torch.special.entr(logits), dim=1, out=entropy[place])
+            if entropy is not None and below is not None:
+                # -sum of p log p, without a logarithm an element; what a bias of -inf bans is 0 * a finite number.
+                mean_below = torch.linalg.vecdot(logits, below.clamp_(min=LOWEST))
+                torch.sub(log_sum, mean_below, out=entropy[place])
+                if focus is not None and factor is not None and options.entropy_weight is not None:
+                    focus[place] = entropy_weight(entropy[place], *options.entropy_weight)
+                    factor[some, 0] *= focus[place]
             if mean is not None:
                 row = (1 - smooth) * row + smooth * (top - mean + log_sum)
             if options.z_loss:
                 row = row + options.z_loss * lse[place].square()
             loss[place] = row
             if need_any:
-                work.gradient(given, logits, lse[place], target, slope, None if factor is None else factor[some])
+                early = factor[some] if chunks.low and factor is not None else None
+                work.gradient(given, logits, lse[place], target, slope, early)
         if need_any:
-            chunks.add(chunk)
-    return RowLoss(loss, cross_entropy, lse, entropy, correct), chunks.gradients
+            chunks.add(chunk, factor)
+    return RowLoss(loss, cross_entropy, lse, entropy, correct, focus), chunks.gradients
 
 
 def partials(rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, offset: int) -> Tensor:
@@ -385,13 +404,12 @@ def gradients(
         return Gradients(*(None if g is None else g.zero_() for g in chunks.gradients))
     work = _RowWork(rows.hidden, options)
     for chunk in chunks:
-        factor = chunks.early_factor(chunk.part)
+        factor = chunks.factor(chunk)
         for some, given, logits in work.blocks(chunk.product):
             place = slice(chunk.part.start + some.start, chunk.part.start + some.stop)
             slope = work.cap(logits, True)
             logits.sub_(lse[place, None]).exp_()
-            work.gradient(
-                given, logits, lse[place], chunk.target[some], slope, None if factor is None else factor[some]
-            )
-        chunks.add(chunk)
+            early = factor[some] if chunks.low and factor is not None else None
+            work.gradient(given, logits, lse[place], chunk.target[some], slope, early)
+        chunks.add(chunk, factor)
     return chunks.gradients

@@ -51,6 +51,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "softcap": {"softcap": 5.0},
     "scale": {"logit_scale": 0.6},
+    "entropy": {"entropy_weight": (1.0, 1.5)},
     "all": {
         "bias": True,
         "weighted": True,

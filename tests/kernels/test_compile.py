@@ -38,6 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "token_weight": torch.linspace(0, 2, N).reshape(2, -1),
         "drop": torch.arange(N).reshape(2, -1) % 4 == 1,
     },
+    "entropy weight": {"entropy_weight": (1.0, 1.5), "drop": torch.arange(N).reshape(2, -1) % 4 == 1},
+    "entropy weight, rows": {"entropy_weight": (0.5, 1.0), "rows": compact_rows(torch.arange(N) % 3 != 0)},
     "rows": {"rows": compact_rows(torch.arange(N) % 3 != 0)},
     "denominator": {"denominator": torch.tensor(7.0)},
     "frozen head": {"frozen": True},
@@ -52,7 +54,7 @@ def test_equals_eager_without_a_graph_break(name: str, reduction: Any, dtype: to
     if reduction != "mean":
         options.pop("denominator", None)
     hidden, weight, bias, targets = problem(dtype)
-    if name == "rows":
+    if "rows" in options:
         targets = targets.clamp(min=0)
     weight.requires_grad_(not options.pop("frozen", False))
 
@@ -118,7 +120,7 @@ def test_the_operator_tells_the_compiler_the_truth() -> None:
     for deferred in (False, True):
         arguments = (
             *(hidden, weight, bias, targets, None, None, None, None),
-            *([True, True, True, deferred, deferred, True, False], [0.1, 0.1, 3.0, 1.0], V, -100, None),
+            *([True, True, True, deferred, deferred, True, True, False], [0.1, 0.1, 3.0, 1.0, 1.0, 2.0], V, -100, None),
         )
         torch.library.opcheck(torch.ops.megafish.linear_cross_entropy, arguments)
 

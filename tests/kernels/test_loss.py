@@ -470,6 +470,10 @@ def test_chunks_are_even_and_near_the_wanted_size() -> None:
         ({"rows": KeptRows(torch.tensor([-1, 2]), 2)}, "rows: -1 is no row"),
         ({"rows": KeptRows(torch.tensor([2, 3, 2]), 3)}, "rows: row 2 is named 2 times"),
         ({"return_stats": 1}, "return_stats: 1"),
+        ({"entropy_weight": 1.0}, r"entropy_weight: 1.0 must be \(sigma, gamma\)"),
+        ({"entropy_weight": (1.0, -1.0)}, "two numbers of at least 0"),
+        ({"entropy_weight": (float("nan"), 1.0)}, "two numbers of at least 0"),
+        ({"entropy_weight": (1.0, 0.0)}, "gamma 0 weighs all tokens alike"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], word: str) -> None:

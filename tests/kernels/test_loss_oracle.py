@@ -35,6 +35,7 @@ class Case:
     weighted: bool = False
     z_loss: float = 0.0
     smoothing: float = 0.0
+    entropy: tuple[float, float] | None = None
     softcap: float | None = None
     scale: float = 1.0
     denominator: bool = False
@@ -62,6 +63,7 @@ CASES = st.builds(
     weighted=st.booleans(),
     z_loss=st.sampled_from([0.0, 1e-2]),
     smoothing=st.sampled_from([0.0, 0.1]),
+    entropy=st.sampled_from([None, None, (1.0, 1.0), (0.25, 2.5)]),
     softcap=st.sampled_from([None, 4.0]),
     scale=st.sampled_from([1.0, 0.6]),
     denominator=st.booleans(),
@@ -83,6 +85,8 @@ CORNERS = [
     Case(width=1, half=True, seed=1),
     Case(vocab=17, padding=15, width=33, tokens=17),
     Case(vocab=79, width=40, tokens=40, half=True, z_loss=1e-2, smoothing=0.1, softcap=4.0, scale=0.6, bias=True),
+    Case(vocab=1, entropy=(1.0, 1.0)),
+    Case(vocab=79, width=40, tokens=40, z_loss=1e-2, smoothing=0.1, softcap=4.0, weighted=True, entropy=(1.0, 5.0)),
 ]
 
 
@@ -114,6 +118,7 @@ def check(case: Case, backend: Any, device: torch.device) -> None:
         "token_weight": token_weight.to(device) if case.weighted else None,
         "z_loss": case.z_loss,
         "label_smoothing": case.smoothing,
+        "entropy_weight": case.entropy,
         "softcap": case.softcap,
         "logit_scale": case.scale,
         "vocab_size": case.vocab,

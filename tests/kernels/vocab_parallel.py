@@ -18,7 +18,7 @@ N, D, V, PADDED = 24, 16, 45, 48
 BOUNDS = {2: (0, 31, PADDED), 4: (0, 3, 30, 46, PADDED)}  # unequal shards; the last of four is padding alone
 EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "all": {"z_loss": 0.02, "label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 1.7},
+    "all": {"z_loss": 0.02, "label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 1.7, "entropy_weight": (1.0, 1.5)},
 }
 collectives: list[str] = []
 
