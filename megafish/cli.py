@@ -418,6 +418,53 @@ def generate(
     print(f"next: megafish audit {run}", file=sys.stderr)
 
 
+class WeightsDtype(str, Enum):
+    """Of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command(epilog="Example: megafish export runs/tiny --to tiny-hf")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory")],
+    to: Annotated[Path, typer.Option(help="Folder to write, new or empty")],
+    step: Step = None,
+    dtype: Annotated[WeightsDtype | None, typer.Option(help="Of the weights (default: as they are stored)")] = None,
+    shard_gib: Annotated[float, typer.Option(help="Most GiB of one file of weights", min=0.001)] = 4.0,
+) -> None:
+    """Write a model as a folder that transformers, vLLM and lm-eval load: Llama, Mistral, Qwen2 or Qwen3."""
+    import torch
+
+    from megafish.huggingface.export import export as run_export
+
+    chosen = None if dtype is None else getattr(torch, dtype.value)
+    done = run_export(run, to, step=step, dtype=chosen, shard_bytes=int(shard_gib * 2**30))
+    files = f"{done.files} file{'s' if done.files > 1 else ''}"
+    print(f"{to}: {done.architecture}, {done.parameters / 1e6:.1f}M parameters in {files}")
+    if done.tokenizer.note is not None:
+        print(done.tokenizer.note)
+    print(f"next: python -c \"from transformers import pipeline; print(pipeline('text-generation', '{to}')('The'))\"")
+
+
+@app.command("import", epilog="Example: megafish import Qwen3-0.6B --to runs/qwen3")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json, safetensors and a tokenizer")],
+    to: Annotated[Path, typer.Option(help="Run directory to make, new or empty")],
+    shard_gib: Annotated[float, typer.Option(help="Most GiB of one file of weights", min=0.001)] = 4.0,
+) -> None:
+    """Make a run of a Hugging Face model (Llama, Mistral, Qwen2 or Qwen3), to audit it or to train on from it."""
+    from megafish.huggingface.importer import import_model
+
+    done = import_model(source, to, shard_bytes=int(shard_gib * 2**30))
+    print(f"{to}: {done.model_type}, {done.parameters / 1e6:.1f}M parameters")
+    if done.padding:
+        print(f"{done.padding} rows of the embedding have no token: they are never predicted")
+    print(f"next: megafish generate {to} --prompt 'Once upon a time'")
+    print(f"or:   megafish train {to}/config.yaml name=NAME data.train=CORPUS train.tokens=1e9")
+
+
 @app.command(epilog="Example: megafish audit runs/tiny")
 def audit(
     run: Annotated[Path, typer.Argument(help="Run directory")],

@@ -212,8 +212,23 @@ class LossConfig(Section):
     """Coefficient of (log-sum-exp)^2 per supervised token (PaLM; 1e-4 is usual)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary."""
+    mile_gamma: float = Field(default=0.0, ge=0, le=10)
+    """MiLe: weigh tokens by (mile_sigma + entropy of the prediction)^this (Su et al. 2024: 1). 0: all alike."""
+    mile_sigma: float = Field(default=1.0, ge=0)
+    """MiLe: what is added to the entropy [nats]."""
     logits_mib: int | None = Field(default=None, ge=1)
     """MiB that logits may take at one time. null: on a CPU 16 or what 256 tokens (bf16: 512) take, on CUDA 1024."""
+
+    @model_validator(mode="after")
+    def _sigma_is_miles(self) -> LossConfig:
+        if not self.mile_gamma and self.mile_sigma != 1.0:
+            raise ValueError(f"mile_sigma={self.mile_sigma:g} has no meaning with mile_gamma=0: leave it at 1")
+        return self
+
+    @property
+    def entropy_weight(self) -> tuple[float, float] | None:
+        """(sigma, gamma) of MiLe, None without it."""
+        return (self.mile_sigma, self.mile_gamma) if self.mile_gamma else None
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -284,6 +299,8 @@ class TrainConfig(Section):
     """Sequences in one forward pass of one process."""
     seed: Seed = 0
     """Seed of the initial weights."""
+    initial_weights: AbsolutePath | None = None
+    """Start from the weights of this run, checkpoint or `megafish import`. null: from random ones."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: bf16 weights and activations with fp32 master weights and reductions."""
     activation_checkpointing: bool = False

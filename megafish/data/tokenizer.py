@@ -67,6 +67,10 @@ class Tokenizer(ABC):
     def piece(self, token: int) -> bytes:
         """The bytes of text that an id stands for (empty for special tokens)."""
 
+    @abstractmethod
+    def token_name(self, token: int) -> str:
+        """An id as the vocabulary spells it, special tokens too."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos."""
         return self.encode_batch([text])[0].tolist()
@@ -158,6 +162,9 @@ class _SentencePiece(Tokenizer):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE, " ").encode()
 
+    def token_name(self, token: int) -> str:
+        return str(self._model.id_to_piece(token))
+
 
 class _HuggingFace(Tokenizer):
     def __init__(self, path: Path, data: bytes, eos: str | int | None) -> None:
@@ -213,6 +220,9 @@ class _HuggingFace(Tokenizer):
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.removeprefix(self._suffix_marker).replace(_SPACE, " ").encode()
+
+    def token_name(self, token: int) -> str:
+        return self._model.id_to_token(token) or ""
 
 
 def tokenizer_file(path: str | Path) -> Path:

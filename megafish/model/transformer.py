@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,27 +32,33 @@ from megafish.model.parallel import (
 from megafish.model.rope import RotaryTable
 from megafish.model.shard import mark
 from megafish_kernels import linear_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
+from megafish_kernels.partials import entropy_weight
 from megafish_kernels.torch_backend import padded_rows
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms] / denominator. ce_sum: detached
-    fp32 scalar, the sum of plain cross-entropy [nats] over the kept tokens."""
+    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms, times their weight] / denominator.
+    ce_sum: detached fp32 scalar, the sum of plain cross-entropy [nats] over the kept tokens. weight_sum: that of MiLe's
+    weights, None without it."""
 
     loss: torch.Tensor
     ce_sum: torch.Tensor
+    weight_sum: torch.Tensor | None = None
 
 
 class Initializer:
     """Weights as a function of (seed, parameter name) alone: the same for any mesh, ZeRO stage and device.
 
+    With `stored` they are what that gives for the name, whole and in fp32.
+
     With tensor parallelism a parameter is made whole and cut along dimension `cut`, each of its fused `parts` apart;
     without `cut` every process holds it whole.
     """
 
-    def __init__(self, seed: int, tensor: Axis) -> None:
+    def __init__(self, seed: int, tensor: Axis, stored: Callable[[str], torch.Tensor] | None = None) -> None:
         self.seed = seed
         self.tensor = tensor
+        self.stored = stored
 
     def normal(
         self,
@@ -67,6 +73,8 @@ class Initializer:
         """Parameter with independent normal entries of this std, fp32; rows from real_rows on are zero."""
         if torch.get_default_device().type == "meta":
             return self._own(torch.empty(shape, dtype=torch.float32), cut, parts)
+        if self.stored is not None:
+            return self._own(self.stored(name), cut, parts)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         values = generator.standard_normal(shape, dtype=np.float32)
@@ -76,9 +84,17 @@ class Initializer:
         return self._own(torch.from_numpy(values).to(torch.get_default_device()), cut, parts)
 
     def constant(
-        self, shape: tuple[int, ...], value: float, *, cut: int | None = None, parts: Sequence[int] | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        value: float,
+        *,
+        cut: int | None = None,
+        parts: Sequence[int] | None = None,
     ) -> nn.Parameter:
         """Parameter filled with one value, fp32."""
+        if self.stored is not None and torch.get_default_device().type != "meta":
+            return self._own(self.stored(name), cut, parts)
         return self._own(torch.full(shape, value, dtype=torch.float32), cut, parts)
 
     def _own(self, full: torch.Tensor, cut: int | None, parts: Sequence[int] | None) -> nn.Parameter:
@@ -184,15 +200,19 @@ class Attention(nn.Module):
         rows = sum(parts)
         self.qkv = ColumnParallelLinear(
             init.normal(f"{name}.qkv.weight", (rows, width), config.init_std, cut=0, parts=parts),
-            init.constant((rows,), 0.0, cut=0, parts=parts) if config.qkv_bias else None,
+            init.constant(f"{name}.qkv.bias", (rows,), 0.0, cut=0, parts=parts) if config.qkv_bias else None,
             init.tensor,
         )
         self.out = RowParallelLinear(
             init.normal(f"{name}.out.weight", (width, inner), _residual_std(config), cut=1), None, init.tensor
         )
         if config.qk_norm:
-            self.q_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
-            self.k_norm: RMSNorm | None = RMSNorm(init.constant((self.head_dim,), 1.0), config.norm_eps)
+            norms = [
+                RMSNorm(init.constant(f"{name}.{which}_norm.weight", (self.head_dim,), 1.0), config.norm_eps)
+                for which in ("q", "k")
+            ]
+            self.q_norm: RMSNorm | None = norms[0]
+            self.k_norm: RMSNorm | None = norms[1]
         else:
             self.q_norm = self.k_norm = None
 
@@ -229,12 +249,12 @@ class FeedForward(nn.Module):
         rows, parts = 2 * inner, (inner, inner)
         self.gate_up = ColumnParallelLinear(
             init.normal(f"{name}.gate_up.weight", (rows, width), config.init_std, cut=0, parts=parts),
-            init.constant((rows,), 0.0, cut=0, parts=parts) if config.mlp_bias else None,
+            init.constant(f"{name}.gate_up.bias", (rows,), 0.0, cut=0, parts=parts) if config.mlp_bias else None,
             init.tensor,
         )
         self.down = RowParallelLinear(
             init.normal(f"{name}.down.weight", (width, inner), _residual_std(config), cut=1),
-            init.constant((width,), 0.0) if config.mlp_bias else None,
+            init.constant(f"{name}.down.bias", (width,), 0.0) if config.mlp_bias else None,
             init.tensor,
         )
 
@@ -247,9 +267,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, init: Initializer, sequence: Axis) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        name, shape = f"blocks.{layer}", (config.hidden_size,)
+        self.attention_norm = RMSNorm(init.constant(f"{name}.attention_norm.weight", shape, 1.0), config.norm_eps)
         self.attention = Attention(config, layer, init, sequence)
-        self.feed_forward_norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        self.feed_forward_norm = RMSNorm(init.constant(f"{name}.feed_forward_norm.weight", shape, 1.0), config.norm_eps)
         self.feed_forward = FeedForward(config, layer, init)
 
     def forward(self, x: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -312,14 +333,20 @@ class LossHead(nn.Module):
             reduction="sum",
             z_loss=self.loss.z_loss,
             label_smoothing=self.loss.label_smoothing,
+            entropy_weight=self.loss.entropy_weight,
             vocab_size=self.vocab_size,
             logits_bytes=self.logits_bytes,
             return_stats="loss",
             **self.parallel,
         )
+        kept = targets != IGNORE
         if denominator is None:
-            denominator = (targets != IGNORE).sum().clamp(min=1)
-        return LossOutput(total / denominator, stats.cross_entropy.sum())
+            denominator = kept.sum().clamp(min=1)
+        weight_sum = None
+        if self.loss.entropy_weight is not None:
+            assert stats.entropy is not None
+            weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * kept).sum()
+        return LossOutput(total / denominator, stats.cross_entropy.sum(), weight_sum)
 
 
 class Transformer(nn.Module):
@@ -329,6 +356,7 @@ class Transformer(nn.Module):
     to a multiple of 64. Padding rows are zero and take no part in the loss. The weights depend on (seed, parameter
     name) only.
 
+    weights: gives the values of a parameter by its name, whole and in fp32, instead of the seed (load.initial_weights).
     mesh: the processes that the model is spread over; each holds its shards of the parameters (`megafish.model.shard`)
     and takes its part of the sequences. All of them must make the same calls.
 
@@ -342,6 +370,7 @@ class Transformer(nn.Module):
         *,
         loss: LossConfig | None = None,
         seed: int = 0,
+        weights: Callable[[str], torch.Tensor] | None = None,
         activation_checkpointing: bool = False,
         mesh: Mesh = Mesh(),  # noqa: B008 - immutable
     ) -> None:
@@ -361,13 +390,13 @@ class Transformer(nn.Module):
                 f"{mesh.tensor.size}: set model.vocab_size to one that is at least {vocab_size}"
             )
         self.activation_checkpointing = activation_checkpointing
-        init = Initializer(seed, mesh.tensor)
+        init = Initializer(seed, mesh.tensor, weights)
         shape = (self.padded_vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding(
             init.normal("embedding.weight", shape, config.init_std, cut=0, real_rows=vocab_size), mesh.tensor
         )
         self.blocks = nn.ModuleList(Block(config, layer, init, mesh.sequence) for layer in range(config.num_layers))
-        self.norm = RMSNorm(init.constant((config.hidden_size,), 1.0), config.norm_eps)
+        self.norm = RMSNorm(init.constant("norm.weight", (config.hidden_size,), 1.0), config.norm_eps)
         head_weight = (
             self.embedding.weight
             if config.tie_embeddings

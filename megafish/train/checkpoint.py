@@ -26,14 +26,12 @@ from rich.table import Table
 
 from megafish.config import CheckpointConfig, Config, differences
 from megafish.errors import InputError
-from megafish.model.load import WEIGHTS, WEIGHTS_INDEX
+from megafish.model.load import MANIFEST, STATE, WEIGHTS, WEIGHTS_INDEX
 from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
 from megafish.train.engine import Processes, attempt, from_main
 from megafish.train.state import FOLDER, INDEX, MASTER, StateReader, make_index
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
 RECEIPTS = "receipts"
 """Folder inside an unfinished checkpoint in which every process says what it has written."""
 WEIGHTS_BYTES = 2 << 30

@@ -36,7 +36,14 @@ from megafish.plan.check import local_processes
 from megafish.train.host import available_memory, keep_freed_memory
 from megafish.train.muon import Muon
 from megafish.train.optim import build_optimizer
-from megafish.train.partition import fill_buffers, flat_buffers, full_shape, owned_pieces, refresh_weights
+from megafish.train.partition import (
+    fill_buffers,
+    flat_buffers,
+    full_shape,
+    owned_pieces,
+    refresh_weights,
+    scale_gradients,
+)
 from megafish.train.state import Piece, StateReader
 
 T = TypeVar("T")
@@ -250,6 +257,10 @@ class Engine:
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.processes.mesh.replicas.size, scale_wrt_gas=False)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of the step, after its last `backward`: for a mean whose denominator is known then."""
+        scale_gradients(self.optimizer, factor)
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = math.isfinite) -> tuple[float, bool]:
         """Clip, update the weights and clear the gradients.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from megafish.data.loader import StepBatch
 from megafish.errors import InputError
 from megafish.life import Announcement
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
+from megafish.model.load import initial_weights
 from megafish.model.transformer import Transformer
 from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
@@ -90,12 +91,15 @@ def train(
 
         memory = together(lambda: check_fits(config, data.tokenizer.vocab_size, processes.world_size, processes.device))
         watchdog.mark("building the model", 0, slow=True)
+        resumed = resume and run.latest() is not None
+        weights = None if resumed else together(lambda: _initial_weights(config, data))
         with building(config, processes):
             model = Transformer(
                 config.model,
                 data.tokenizer.vocab_size,
                 loss=config.loss,
                 seed=config.train.seed,
+                weights=weights,
                 activation_checkpointing=config.train.activation_checkpointing,
                 mesh=processes.mesh,
             )
@@ -204,16 +208,21 @@ def train(
             learning_rate = config.optimizer.lr * learning_rate_factor(config.schedule, warmup, progress)
 
             engine.train()
-            cross_entropy = torch.zeros((), dtype=torch.float64, device=processes.device)
+            sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
                 begin("forward")
                 output = engine(**data.to_model(micro), denominator=max(kept, 1))
                 begin("backward")
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
-                cross_entropy += output.ce_sum
+                sums[0] += output.ce_sum
+                if output.weight_sum is not None:
+                    sums[1] += output.weight_sum
             begin("optimizer")
-            dist.all_reduce(cross_entropy, group=processes.mesh.replicas.group)
-            nats = float(cross_entropy)
+            dist.all_reduce(sums, group=processes.mesh.replicas.group)
+            nats, weight = sums.tolist()
+            if config.loss.entropy_weight is not None and weight > 0:
+                # So that the mean weight over the global batch is 1. It is known now, and gradients are linear in it.
+                engine.scale_gradients(kept / weight)
             loss = nats / max(kept, 1)
             grad_norm, taken = engine.step(learning_rate, one_decision(guard, loss, processes))
             first = False
@@ -359,6 +368,12 @@ def _open_tracker(
     return tracker
 
 
+def _initial_weights(config: Config, data: TrainingData) -> Callable[[str], torch.Tensor] | None:
+    """What a new run starts from, None for random weights."""
+    folder = config.train.initial_weights
+    return None if folder is None else initial_weights(folder, config.model, data.tokenizer.vocab_size)
+
+
 def _open_profiler(run: RunDir, config: Config, spent: Spent, processes: Processes) -> Profiler:
     """This process's profiler."""
     return Profiler(
@@ -398,7 +413,9 @@ def _opening_line(
     """What is about to run, in one line."""
     goldfish = config.goldfish
     loss = "plain loss" if goldfish.k is None else f"goldfish k={goldfish.k} h={goldfish.h} ({goldfish.scheme})"
-    start = f"continues at step {spent.steps}" if spent.steps else "starts"
+    origin = config.train.initial_weights
+    start = "starts" if origin is None else f"starts from {origin}"
+    start = f"continues at step {spent.steps}" if spent.steps else start
     mesh, spread = processes.mesh, ""
     if mesh.data.size < processes.world_size:
         spread = f" ({mesh.data.size} data x {mesh.sequence.size} sequence x {mesh.tensor.size} tensor)"

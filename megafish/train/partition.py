@@ -112,6 +112,32 @@ def flat_buffers(optimizer: Any) -> list[FlatBuffer]:
     ]
 
 
+def scale_gradients(optimizer: Any, factor: float) -> None:
+    """Multiply the gradients that the next step will take, between the last backward pass and that step.
+
+    `optimizer`: as for flat_buffers. Each process has what it updates.
+    """
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        gradients = list(optimizer.fp32_groups_gradients_flat)
+    elif hasattr(optimizer, "averaged_gradients"):
+        if hasattr(optimizer, "fp16_groups"):
+            buffers, offloaded = optimizer.fp32_partitioned_groups_flat, optimizer.offload_optimizer
+        else:
+            buffers, offloaded = optimizer.single_partition_of_fp32_groups, optimizer.cpu_offload
+        if offloaded:
+            gradients = [buffer.grad for buffer in buffers]
+            # From which DeepSpeed makes the global norm then.
+            norms = optimizer.norm_for_param_grads
+            norms.update({key: norm * factor for key, norm in norms.items()})
+        else:
+            gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group or ()]
+    else:
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
+
+
 def refresh_weights(optimizer: Any) -> None:
     """Make the weights that the model computes with from the fp32 ones. Collective."""
     if hasattr(optimizer, "fp16_groups"):

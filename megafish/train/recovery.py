@@ -11,6 +11,7 @@ from typing import Any
 
 from megafish.data.loader import ReadOrder, StepBatch
 from megafish.data.quarantine import Quarantine, append_entry
+from megafish.errors import InputError
 from megafish.run import RunDir
 from megafish.train.checkpoint import check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData
@@ -62,6 +63,11 @@ class Restorer:
     def _fitting_state(self, folder: Path) -> dict[str, Any]:
         """state.json, once it is found to be one that this run may continue."""
         state = load_state(folder)
+        if "imported" in state:
+            raise InputError(
+                f"{self.run.path}: an imported model has no optimizer state to continue from: start a run from "
+                f"it with `megafish train {self.run.config_file} name=NAME data.train=CORPUS`"
+            )
         check_resume(state, self.identity, self.run)
         self.data.check_order(ReadOrder(**state["order"]))
         return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,43 @@ def test_loss_curves_agree(launch: Launch, settings: list[str], tmp_path: Path) 
     for key in ((2, "0-2-1-8"), (4, "2-2-2-4"), (4, "3-2-2-8")):
         for name, weight in load_run(runs[key]).model.state_dict().items():
             torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4, msg=f"{key}: {name}")
+
+
+# A weight that is normalized over the global batch, whatever part of it a process sees at a time, and wherever
+# DeepSpeed holds the gradients meanwhile.
+MILE = {
+    1: {
+        "reference": ["engine.zero_stage=0", "train.micro_batch_size=8"],
+        "accumulated": ["engine.zero_stage=0", "train.micro_batch_size=2"],
+        "stage 1": ["engine.zero_stage=1", "train.micro_batch_size=4"],
+        "stage 2": ["engine.zero_stage=2", "train.micro_batch_size=2"],
+        "stage 3": ["engine.zero_stage=3", "train.micro_batch_size=2"],
+        "offloaded 2": ["engine={zero_stage: 2, offload_optimizer: cpu}", "train.micro_batch_size=2"],
+        "offloaded 3": ["engine={zero_stage: 3, offload_optimizer: cpu}", "train.micro_batch_size=2"],
+    },
+    2: {
+        "data": ["engine.zero_stage=2", "train.micro_batch_size=2"],
+        "tensor": ["engine={zero_stage: 1, tensor_parallel: 2}", "train.micro_batch_size=4"],
+        "sequence": ["engine={zero_stage: 3, sequence_parallel: 2}", "train.micro_batch_size=4"],
+    },
+}
+
+
+def test_mile_is_normalized_over_the_global_batch(launch: Launch, settings: list[str], tmp_path: Path) -> None:
+    worker = str(Path(__file__).with_name("variants.py"))
+    common = [*settings, "train.steps=12", "checkpoint.interval=null", "loss.mile_gamma=1.5", "loss.mile_sigma=0.5"]
+    for processes, runs in MILE.items():
+        finish(launch(processes, worker, str(tmp_path), json.dumps(runs), *common))
+    finish(launch(1, worker, str(tmp_path), json.dumps({"plain": MILE[1]["reference"]}), *common[:-2]))
+    reference = read_metrics(tmp_path / "reference")
+    for runs in MILE.values():
+        for name in runs:
+            compare(name, read_metrics(tmp_path / name), reference)
+    plain = read_metrics(tmp_path / "plain")["train"]
+    assert abs(plain[0]["loss"] - reference["train"][0]["loss"]) < 1e-6, "what is reported is the plain cross-entropy"
+    # A model that has hardly learned anything is about as uncertain of all of its predictions, which makes the weights
+    # about equal; what is left is still beyond the rounding of two runs of the same objective.
+    assert abs(plain[-1]["loss"] - reference["train"][-1]["loss"]) > 1e-6 * plain[-1]["loss"]
 
 
 def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[str, list[dict[str, Any]]]) -> None:

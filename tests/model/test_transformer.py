@@ -340,3 +340,42 @@ def test_bf16_rows_beside_the_kept_ones_change_nothing() -> None:
     out = model(tokens, targets=tokens, drop=drop)
     torch.testing.assert_close(out.ce_sum, losses[~drop].sum(), rtol=1e-3, atol=0)
     torch.testing.assert_close(out.loss, losses[~drop].mean(), rtol=1e-3, atol=0)
+
+
+def test_mile_from_the_papers_formula() -> None:
+    """Gradients of alpha (sigma + H)^gamma CE with alpha = 1 / the mean weight of the kept tokens, in float64."""
+    sigma, gamma = 0.5, 2.0
+    loss = LossConfig(mile_gamma=gamma, mile_sigma=sigma, z_loss=1e-2)
+    model = tiny(loss=loss)
+    ids = tokens(2, 30)
+    targets = ids.roll(-1, 1)
+    drop = torch.arange(60).view(2, 30) % 4 == 1
+    out = model(ids, targets=targets, drop=drop)
+    assert out.weight_sum is not None
+    out.loss.backward()
+    kept = int((~drop).sum())
+
+    peer = tiny().double()
+    logits = peer.norm(hidden_states(peer, ids)) @ peer.head.weight[:90].T
+    log_p = logits.log_softmax(-1)
+    weight = (sigma - (log_p.exp() * log_p).sum(-1).detach()) ** gamma
+    alpha = 1 / weight[~drop].mean()
+    token = -log_p.gather(-1, targets[..., None])[..., 0] + 1e-2 * logits.logsumexp(-1) ** 2
+    want = (alpha * weight * token)[~drop].mean()
+    want.backward()
+    torch.testing.assert_close(out.weight_sum.double(), weight[~drop].sum(), rtol=1e-5, atol=0)
+    scale = kept / out.weight_sum
+    torch.testing.assert_close((out.loss * scale).double(), want, rtol=1e-5, atol=0)
+    for (name, got), (_, wanted) in zip(model.named_parameters(), peer.named_parameters(), strict=True):
+        assert got.grad is not None and wanted.grad is not None
+        error = (got.grad * scale - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 1e-5, (name, float(error))
+
+
+def hidden_states(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """What the last block gives."""
+    step = model._step(ids, None, None, None)
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = block(x, step)
+    return x
