@@ -32,6 +32,7 @@ from megafish.config_sections import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    PatchConfig,
     ProfileConfig,
     RopeScaling,
     ScheduleConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PatchConfig",
     "ProfileConfig",
     "RopeScaling",
     "ScheduleConfig",
@@ -87,6 +89,8 @@ class Config(Section):
     """Which tokens are left out of the loss."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """Terms of the loss."""
+    patch: PatchConfig = Field(default_factory=PatchConfig)
+    """A first stage of patches."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """AdamW or Muon."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -122,6 +126,23 @@ class Config(Section):
         fault = mesh_fault(self, self.engine.tensor_parallel, self.engine.sequence_parallel)
         if fault is not None:
             raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _patches_divide(self) -> Config:
+        size, length, parts = self.patch.size, self.data.sequence_length, self.engine.sequence_parallel
+        if size is None:
+            return self
+        if length % (size * parts):
+            raise ValueError(
+                f"data.sequence_length={length} is not a multiple of patch.size={size}"
+                + (f" x engine.sequence_parallel={parts}" if parts > 1 else "")
+            )
+        if self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"patch.size={size} with engine.tensor_parallel={self.engine.tensor_parallel}: the targets of a patch "
+                "are looked up in the whole head; shard with engine.zero_stage or engine.sequence_parallel instead"
+            )
         return self
 
     @model_validator(mode="after")

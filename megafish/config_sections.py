@@ -231,6 +231,23 @@ class LossConfig(Section):
         return (self.mile_sigma, self.mile_gamma) if self.mile_gamma else None
 
 
+class PatchConfig(Section):
+    """Patch-level training (Shao et al. 2024): a first stage reads and predicts patches of several tokens at a time."""
+
+    size: int | None = Field(default=None, ge=2, le=64)
+    """Tokens of a patch (the paper: 4). null: no patch stage."""
+    fraction: float = Field(default=2 / 3, gt=0, le=1)
+    """Share of the budget that is spent on patches, before the tokens."""
+    restart: bool = True
+    """Begin the token stage with a fresh optimizer and a schedule of its own. false: both go on."""
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> PatchConfig:
+        if self.size is None and (self.fraction != 2 / 3 or not self.restart):
+            raise ValueError("fraction and restart have no meaning with size=null: set patch.size")
+        return self
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 

@@ -24,7 +24,7 @@ LEVELS = [
     {"data"},
     {"model"},
     {"objective"},
-    {"decode", "plan"},
+    {"decode", "huggingface", "plan"},
     {"train"},
     {"jobs"},
     {"audit"},

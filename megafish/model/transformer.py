@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megafish.config import LossConfig, ModelConfig
 from megafish.data.loader import IGNORE
+from megafish.data.patches import ABSENT
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
@@ -31,7 +32,7 @@ from megafish.model.parallel import (
 )
 from megafish.model.rope import RotaryTable
 from megafish.model.shard import mark
-from megafish_kernels import linear_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
+from megafish_kernels import linear_cross_entropy, patch_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
 from megafish_kernels.partials import entropy_weight
 from megafish_kernels.torch_backend import padded_rows
 
@@ -309,11 +310,13 @@ class LossHead(nn.Module):
 
         Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
         give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
-        cross-entropy fp32 [...] in nats, 0 at ignored positions.
+        cross-entropy fp32 [...] in nats, 0 at ignored positions. With targets [..., K]: LossOutput over all of them.
         """
         if targets is None:
             assert not self.parallel
             return F.linear(hidden, self.weight).float()
+        if targets.ndim == hidden.ndim:
+            return self._of_patches(hidden, targets, denominator)
         if per_token:
             per_token_loss = linear_cross_entropy(
                 hidden,
@@ -347,6 +350,25 @@ class LossHead(nn.Module):
             assert stats.entropy is not None
             weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * kept).sum()
         return LossOutput(total / denominator, stats.cross_entropy.sum(), weight_sum)
+
+    def _of_patches(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float | torch.Tensor | None
+    ) -> LossOutput:
+        """hidden [..., D] of patches, targets [..., K] of the tokens in the next ones."""
+        assert not self.parallel
+        total, cross_entropy, weight_sum = patch_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            z_loss=self.loss.z_loss,
+            label_smoothing=self.loss.label_smoothing,
+            entropy_weight=self.loss.entropy_weight,
+            vocab_size=self.vocab_size,
+            logits_bytes=self.logits_bytes,
+        )
+        if denominator is None:
+            denominator = (targets != IGNORE).sum().clamp(min=1)
+        return LossOutput(total / denominator, cross_entropy, weight_sum)
 
 
 class Transformer(nn.Module):
@@ -424,6 +446,7 @@ class Transformer(nn.Module):
         per_token: bool = False,
         cache: KVCache | None = None,
         last_only: bool = False,
+        patch: int | None = None,
     ) -> torch.Tensor | LossOutput:
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
@@ -432,6 +455,9 @@ class Transformer(nn.Module):
         documents in the flattened batch, which attention never crosses (None: a row is a document); max_seqlen: the
         longest of them.
         denominator: what the summed loss is divided by (default: the number of kept tokens).
+
+        patch: tokens of a patch; tokens, targets, drop and cu_seqlens are those of data.patches. A patch's embedding is
+        the mean of those of its tokens (arXiv 2407.12665), and it predicts all tokens of the next one.
 
         With sequence parallelism tokens, targets and drop are this process's part of each row, S / P consecutive tokens
         in the order of ranks; cu_seqlens and max_seqlen are of the whole rows. Losses and denominator's default are of
@@ -448,13 +474,15 @@ class Transformer(nn.Module):
             raise ValueError("last_only asks for logits: leave targets out")
         if per_token and denominator is not None:
             raise ValueError("per_token losses are not summed: leave denominator out")
+        if patch is not None and (targets is None or per_token or cache is not None or self.mesh.tensor.size > 1):
+            raise ValueError("patches are for training: give targets, and neither per_token, cache nor a tensor mesh")
         tensor = self.mesh.tensor
         spread = tensor.size > 1 or self.mesh.sequence.size > 1
         if spread and targets is None:
             raise ValueError("logits come from a whole model: load the weights into one without a mesh")
         if tokens.numel() % tensor.size:
             raise ValueError(f"{tokens.numel()} tokens do not divide among {tensor.size} tensor-parallel processes")
-        step = self._step(tokens, cu_seqlens, max_seqlen, cache)
+        step = self._step((len(tokens), tokens.shape[1] // (patch or 1)), tokens.device, cu_seqlens, max_seqlen, cache)
         rows: torch.Tensor | None = None
         if targets is not None and not per_token:
             if drop is not None:
@@ -463,11 +491,13 @@ class Transformer(nn.Module):
             # on CUDA nonzero() waits for the device, here before any block is launched. linear_cross_entropy waits as
             # well, but behind the blocks, so that their launches are hidden. Nor with tensor parallelism, where the
             # kept rows would have to be shared out anew.
+            targets = targets if patch is None else targets.view(*step.shape, patch)
             if tokens.device.type == "cpu" and tensor.size == 1:
-                rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-                rows = _round_up(rows, targets.numel(), self.norm.weight.dtype)
-                targets = targets.flatten().index_select(0, rows)
-        x = self.embedding(tokens)
+                kept = targets != IGNORE
+                kept = kept.flatten() if patch is None else kept.flatten(0, 1).any(dim=1)
+                rows = _round_up(kept.nonzero().squeeze(1), kept.numel(), self.norm.weight.dtype)
+                targets = targets.flatten(0, 1).index_select(0, rows)
+        x = self.embedding(tokens) if patch is None else self._patches(tokens, patch)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             wanted = rows if layer == last else None
@@ -486,11 +516,21 @@ class Transformer(nn.Module):
         out = self.head(self.norm(x), targets.flatten(), denominator, per_token)
         return out.view_as(targets) if per_token else out
 
+    def _patches(self, tokens: torch.Tensor, size: int) -> torch.Tensor:
+        """Mean embedding of the tokens in each patch: [b, S] -> [b, S / size, D]."""
+        present = (tokens != ABSENT).view(len(tokens), -1, size, 1)
+        embedded = self.embedding(tokens.clamp(min=0)).view(*present.shape[:3], -1)
+        return torch.where(present, embedded, 0).sum(dim=2) / present.sum(dim=2)
+
     def _step(
-        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None, cache: KVCache | None
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
     ) -> Step:
-        batch, length = tokens.shape
-        device = tokens.device
+        batch, length = shape
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")

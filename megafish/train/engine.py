@@ -42,6 +42,7 @@ from megafish.train.partition import (
     full_shape,
     owned_pieces,
     refresh_weights,
+    reset_state,
     scale_gradients,
 )
 from megafish.train.state import Piece, StateReader
@@ -261,6 +262,10 @@ class Engine:
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of the step, after its last `backward`: for a mean whose denominator is known then."""
         scale_gradients(self.optimizer, factor)
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments and the count of steps: the next step is the optimizer's first."""
+        reset_state(self._buffers)
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = math.isfinite) -> tuple[float, bool]:
         """Clip, update the weights and clear the gradients.

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from megafish.config import Config, changed_settings
 from megafish.data.loader import StepBatch
+from megafish.data.patches import patch_step
 from megafish.errors import InputError
 from megafish.life import Announcement
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
@@ -42,8 +43,9 @@ from megafish.train.recovery import (
     shared_quarantine,
 )
 from megafish.train.saver import Saver
-from megafish.train.schedule import Budget, Spent, learning_rate_factor, warmup_fraction
+from megafish.train.schedule import Budget, Spent
 from megafish.train.spikes import StepGuard
+from megafish.train.stages import Stages
 from megafish.train.track import Tracker
 from megafish.train.watchdog import WAITING_FOR_DATA, Watchdog
 
@@ -85,7 +87,7 @@ def train(
         watchdog.mark("opening the data", 0, slow=True)
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
-        warmup = warmup_fraction(config, budget)
+        stages = Stages(config, budget)
         if number := _asked_to_stop(stop, processes):
             return ended(Spent(), number)
 
@@ -193,6 +195,9 @@ def train(
             watchdog.mark(WAITING_FOR_DATA, spent.steps + 1, slow=first)
             profile.begin("data")
             batch, problem = _next_batch(batches)
+            patch = stages.patch(spent)
+            if batch is not None and patch is not None:
+                batch = patch_step(batch, patch)
             watchdog.mark("counting tokens", spent.steps + 1, slow=first)
             flags = stop.received is not None, problem is not None, *saver.flags()
             kept, dropped, target_bytes, stops, problems, saving, failed = data.count(batch, *flags)
@@ -203,15 +208,26 @@ def train(
                 together(partial(_refuse, problem))
             assert batch is not None
             saver.poll(saving, failed)
-            after = spent.plus(samples=batch.end - spent.samples, tokens=data.batch_tokens, supervised_tokens=kept)
-            progress = budget.progress(after)
-            learning_rate = config.optimizer.lr * learning_rate_factor(config.schedule, warmup, progress)
+            flops = _step_flops(config, data, kept, patch)
+            after = spent.plus(
+                samples=batch.end - spent.samples,
+                tokens=data.batch_tokens,
+                supervised_tokens=kept,
+                patches=patch is not None,
+                flops=flops,
+            )
+            progress, learning_rate = budget.progress(after), stages.learning_rate(spent, after)
+            if stages.starts_anew(spent):
+                engine.reset_optimizer()
+                guard.load(None)  # the losses of patches say nothing about those of tokens
+                if tracker is not None:
+                    tracker.note(f"step {after.steps}: from patches to tokens; optimizer and schedule start anew")
 
             engine.train()
             sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
                 begin("forward")
-                output = engine(**data.to_model(micro), denominator=max(kept, 1))
+                output = engine(**data.to_model(micro), patch=patch, denominator=max(kept, 1))
                 begin("backward")
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 sums[0] += output.ce_sum
@@ -252,7 +268,7 @@ def train(
             order = order.plus(batch.data_hash, batch.ranges)
             last = budget.used_up(spent)
             if tracker is not None:
-                achieved = _step_flops(config, data, kept) / seconds
+                achieved = flops / seconds
                 record = {
                     "kind": "train",
                     "step": spent.steps,
@@ -266,6 +282,8 @@ def train(
                     "drop_rate": dropped / max(kept + dropped, 1),
                     "tokens": spent.tokens,
                     "supervised_tokens": spent.supervised_tokens,
+                    "flops": spent.flops,
+                    **({} if config.patch.size is None else {"patch_size": patch or 1}),
                     "progress": progress,
                     "epoch": data.epoch(spent.samples),
                     "data_hash": batch.data_hash,
@@ -386,12 +404,12 @@ def _open_profiler(run: RunDir, config: Config, spent: Spent, processes: Process
     )
 
 
-def _step_flops(config: Config, data: TrainingData, kept: int) -> float:
-    """Model FLOPs of a step in which `kept` targets went through the head."""
-    per_token = flops_per_token(
-        config.model, data.tokenizer.vocab_size, config.data.sequence_length, kept / data.batch_tokens
-    )
-    return per_token * data.batch_tokens
+def _step_flops(config: Config, data: TrainingData, kept: int, patch: int | None) -> float:
+    """Model FLOPs of a step in which `kept` targets went through the head; of patches, about all of them do."""
+    vocab, length = data.tokenizer.vocab_size, config.data.sequence_length
+    if patch is not None:
+        return flops_per_token(config.model, vocab, length // patch) * data.batch_tokens / patch
+    return flops_per_token(config.model, vocab, length, kept / data.batch_tokens) * data.batch_tokens
 
 
 def _due(step: int, interval: int | None) -> bool:

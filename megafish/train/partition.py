@@ -112,6 +112,18 @@ def flat_buffers(optimizer: Any) -> list[FlatBuffer]:
     ]
 
 
+@torch.no_grad()
+def reset_state(buffers: list[FlatBuffer]) -> None:
+    """Zero all that the optimizer keeps of the buffers; the weights stay."""
+    for buffer in buffers:
+        kept = buffer.kept
+        for key, value in kept.items():
+            if torch.is_tensor(value):
+                value.zero_()
+            else:
+                kept[key] = 0
+
+
 def scale_gradients(optimizer: Any, factor: float) -> None:
     """Multiply the gradients that the next step will take, between the last backward pass and that step.
 

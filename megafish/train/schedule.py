@@ -18,14 +18,22 @@ class Spent:
     samples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    patch_steps: int = 0
+    """Steps of the patch stage, which comes first."""
+    flops: float = 0.0
+    """Operations of the model (model.flops), without recomputation."""
 
-    def plus(self, *, samples: int, tokens: int, supervised_tokens: int) -> Spent:
+    def plus(
+        self, *, samples: int, tokens: int, supervised_tokens: int, patches: bool = False, flops: float = 0.0
+    ) -> Spent:
         """After one more step."""
         return Spent(
             self.steps + 1,
             self.samples + samples,
             self.tokens + tokens,
             self.supervised_tokens + supervised_tokens,
+            self.patch_steps + patches,
+            self.flops + flops,
         )
 
 
@@ -54,8 +62,9 @@ class Budget:
         return getattr(spent, self.unit) >= self.total
 
 
-def warmup_fraction(config: Config, budget: Budget) -> float:
-    """Share of the budget that is warmup. `warmup_steps` is converted through the tokens of a step."""
+def warmup_fraction(config: Config, budget: Budget, part: float = 1.0) -> float:
+    """Share of the budget, or of a `part` of it, that is warmup. `warmup_steps` is converted through the tokens of a
+    step."""
     steps = config.schedule.warmup_steps
     if steps is None:
         return config.schedule.warmup_fraction
@@ -65,11 +74,10 @@ def warmup_fraction(config: Config, budget: Budget) -> float:
             "is not known ahead: set schedule.warmup_fraction and leave warmup_steps null"
         )
     per_step = 1 if budget.unit == "steps" else config.train.global_batch_size * config.data.sequence_length
-    fraction = steps * per_step / budget.total
+    fraction = steps * per_step / budget.total / part
     if fraction > 1:
-        raise InputError(
-            f"schedule.warmup_steps={steps} is more than the whole budget (train.{budget.unit}={budget.total})"
-        )
+        whole = "the whole budget" if part == 1.0 else f"a stage, {part:.3g} of the budget"
+        raise InputError(f"schedule.warmup_steps={steps} is more than {whole} (train.{budget.unit}={budget.total})")
     return fraction
 
 

@@ -80,6 +80,34 @@ def test_mile_is_normalized_over_the_global_batch(launch: Launch, settings: list
     assert abs(plain[-1]["loss"] - reference["train"][-1]["loss"]) > 1e-6 * plain[-1]["loss"]
 
 
+def test_patch_stage_agrees(launch: Launch, settings: list[str], tmp_path: Path) -> None:
+    """Losses, mask and the change from patches to tokens are the same however the run is spread out."""
+    worker = str(Path(__file__).with_name("variants.py"))
+    common = [*settings, "train.steps=12", "checkpoint.interval=null", "patch={size: 4, fraction: 0.5}"]
+    alone = {f"stage {stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
+    alone["offloaded"] = ["engine={zero_stage: 3, offload_optimizer: cpu}"]
+    alone["kept"] = ["engine.zero_stage=0", "patch.restart=false"]
+    two = {
+        "data": ["engine.zero_stage=2"],
+        "sequence": ["engine={zero_stage: 3, sequence_parallel: 2}"],
+    }
+    finish(launch(1, worker, str(tmp_path), json.dumps(alone), *common))
+    finish(launch(2, worker, str(tmp_path), json.dumps(two), *common))
+    reference = read_metrics(tmp_path / "stage 0")
+    for name in [*alone, *two]:
+        if name != "kept":
+            compare(name, read_metrics(tmp_path / name), reference)
+    steps = reference["train"]
+    assert [step["patch_size"] for step in steps] == [4] * 6 + [1] * 6
+    # A patch of 4 needs less than a quarter of the operations, but for the head of the tokens that the mask drops.
+    assert steps[0]["flops"] < 0.4 * (steps[-1]["flops"] - steps[-2]["flops"])
+    # A token keeps its fate: the rates of dropped targets are about alike.
+    assert abs(steps[0]["drop_rate"] - steps[-1]["drop_rate"]) < 0.08
+    kept = read_metrics(tmp_path / "kept")["train"]
+    assert [step["loss"] for step in kept[:1]] == [step["loss"] for step in steps[:1]]
+    assert kept[-1]["loss"] != steps[-1]["loss"]
+
+
 def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[str, list[dict[str, Any]]]) -> None:
     """All records of a run equal those of the reference, but for the order of sums."""
     for ours, theirs in zip(curve["train"], reference["train"], strict=True):

@@ -49,13 +49,20 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "stage", "precision"),
-    [(1, 0, "fp32"), (1, 1, "bf16"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 3, "bf16")],
+    ("processes", "stage", "precision", "more"),
+    [
+        (1, 0, "fp32", []),
+        (1, 1, "bf16", []),
+        (2, 1, "fp32", []),
+        (2, 2, "fp32", []),
+        # The checkpoint of step 16 is the last of the patch stage.
+        (2, 3, "bf16", ["patch={size: 4, fraction: 0.4}"]),
+    ],
 )
 def test_killed_and_resumed(
-    launch: Launch, settings: list[str], tmp_path: Path, processes: int, stage: int, precision: str
+    launch: Launch, settings: list[str], tmp_path: Path, processes: int, stage: int, precision: str, more: list[str]
 ) -> None:
-    own = [f"engine.zero_stage={stage}", f"train.precision={precision}"]
+    own = [f"engine.zero_stage={stage}", f"train.precision={precision}", *more]
     settings = [*settings, *own, "train.steps=40", "checkpoint.interval=8"]
     start = ("-m", "megafish", "train")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

@@ -374,8 +374,43 @@ def test_mile_from_the_papers_formula() -> None:
 
 def hidden_states(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     """What the last block gives."""
-    step = model._step(ids, None, None, None)
+    step = model._step((len(ids), ids.shape[1]), ids.device, None, None, None)
     x = model.embedding(ids)
     for block in model.blocks:
         x = block(x, step)
     return x
+
+
+def test_patches_of_equal_tokens_are_tokens() -> None:
+    """The mean of equal embeddings is the embedding: such a patch sees and predicts what one token would."""
+    model = tiny()
+    ids = tokens(2, 10)
+    following = tokens(2, 40, seed=1)
+    following[:, 7:10] = -100
+    drop = torch.arange(80).view(2, 40) % 5 == 0
+    out = model(ids.repeat_interleave(4, dim=1), targets=following, drop=drop, patch=4)
+    kept = (following != -100) & ~drop
+    log_p = model(ids)[..., :90].log_softmax(-1).repeat_interleave(4, dim=1)
+    nats = -log_p.gather(-1, following.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(out.ce_sum, nats[kept].sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.loss, nats[kept].mean(), rtol=1e-5, atol=0)
+
+
+def test_a_patch_is_the_mean_of_its_own_document() -> None:
+    model = tiny()
+    ids, targets = tokens(1, 16), tokens(1, 16, seed=1)
+    ids[0, 4:6] = -1  # the end of another document
+    table = model.embedding.weight
+    want = torch.stack([table[ids[0, at : at + 4]].mean(0) for at in (0, 4, 8, 12)])
+    want[1] = table[ids[0, 6:8]].mean(0)
+    torch.testing.assert_close(model._patches(ids, 4)[0], want)
+    cut = torch.tensor([0, 1, 4], dtype=torch.int32)
+    whole = model(ids, targets=targets, patch=4, cu_seqlens=cut, max_seqlen=3).ce_sum
+    apart = model(ids[:, :4], targets=targets[:, :4], patch=4).ce_sum
+    apart = apart + model(ids[:, 4:], targets=targets[:, 4:], patch=4).ce_sum
+    torch.testing.assert_close(whole, apart, rtol=1e-5, atol=0)
+
+
+def test_patches_are_for_training() -> None:
+    with pytest.raises(ValueError, match="patches are for training"):
+        tiny()(tokens(1, 16), patch=4)
