@@ -24,6 +24,7 @@ from megafish.config_errors import allowed, explain, field_help
 from megafish.config_sections import (
     AuditConfig,
     CheckpointConfig,
+    ContrastConfig,
     DataConfig,
     EngineConfig,
     EvalConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "AuditConfig",
     "CheckpointConfig",
     "Config",
+    "ContrastConfig",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
@@ -91,6 +93,8 @@ class Config(Section):
     """Terms of the loss."""
     patch: PatchConfig = Field(default_factory=PatchConfig)
     """A first stage of patches."""
+    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+    """A second run against repetitions."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """AdamW or Muon."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -142,6 +146,27 @@ class Config(Section):
             raise ValueError(
                 f"patch.size={size} with engine.tensor_parallel={self.engine.tensor_parallel}: the targets of a patch "
                 "are looked up in the whole head; shard with engine.zero_stage or engine.sequence_parallel instead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _contrast_is_of_tokens(self) -> Config:
+        if self.contrast.premature is None:
+            return self
+        if self.patch.size is not None:
+            raise ValueError(
+                f"contrast.premature with patch.size={self.patch.size}: the premature model predicts tokens, not "
+                "patches; train the patches in a run before"
+            )
+        if self.loss.mile_gamma:
+            raise ValueError(
+                f"contrast.premature with loss.mile_gamma={self.loss.mile_gamma:g}: MiLe weighs by the model's own "
+                "uncertainty, and a corrected prediction is not the model's own; leave out one of the two"
+            )
+        if self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"contrast.premature with engine.tensor_parallel={self.engine.tensor_parallel}: both heads are needed "
+                "whole; shard with engine.zero_stage=3 (which shards the premature model too) instead"
             )
         return self
 

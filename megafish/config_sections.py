@@ -248,6 +248,23 @@ class PatchConfig(Section):
         return self
 
 
+class ContrastConfig(Section):
+    """Self-contrastive training (Guan and Huang 2023): unlearn the repetitions that an earlier model predicts."""
+
+    premature: AbsolutePath | None = None
+    """Run or checkpoint of the earlier model, usually train.initial_weights as well. null: plain training."""
+    strength: float = Field(default=4.0, gt=0)
+    """What its logits are multiplied by where it wrongly predicts a repetition."""
+    context: int = Field(default=64, ge=1)
+    """Tokens back in which a predicted token counts as a repetition."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> ContrastConfig:
+        if self.premature is None and (self.strength, self.context) != (4.0, 64):
+            raise ValueError("strength and context have no meaning with premature=null: set contrast.premature")
+        return self
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 

@@ -6,12 +6,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megafish.config import LossConfig, ModelConfig
@@ -20,31 +19,20 @@ from megafish.data.patches import ABSENT
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
+from megafish.model.head import Contrast, LossHead, LossOutput
 from megafish.model.mesh import Axis, Mesh
 from megafish.model.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    first_id,
     heads_to_tokens,
     sum_replicated_gradients,
     tokens_to_heads,
 )
 from megafish.model.rope import RotaryTable
 from megafish.model.shard import mark
-from megafish_kernels import linear_cross_entropy, patch_cross_entropy, rms_norm, rotary, rotary_qkv, swiglu
-from megafish_kernels.partials import entropy_weight
+from megafish_kernels import rms_norm, rotary, rotary_qkv, swiglu
 from megafish_kernels.torch_backend import padded_rows
-
-
-class LossOutput(NamedTuple):
-    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms, times their weight] / denominator.
-    ce_sum: detached fp32 scalar, the sum of plain cross-entropy [nats] over the kept tokens. weight_sum: that of MiLe's
-    weights, None without it."""
-
-    loss: torch.Tensor
-    ce_sum: torch.Tensor
-    weight_sum: torch.Tensor | None = None
 
 
 class Initializer:
@@ -285,92 +273,6 @@ class Block(nn.Module):
         return x + self.feed_forward(normed)
 
 
-class LossHead(nn.Module):
-    """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its
-    forward."""
-
-    def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig, tensor: Axis) -> None:
-        super().__init__()
-        self.weight = weight
-        self.parallel: dict[str, Any] = {}
-        if tensor.size > 1:
-            self.parallel = {"group": tensor.group, "vocab_start": first_id(weight), "sequence_sharded": True}
-        self.vocab_size = vocab_size
-        self.loss = loss
-        self.logits_bytes = None if loss.logits_mib is None else loss.logits_mib * 2**20
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        denominator: float | torch.Tensor | None = None,
-        per_token: bool = False,
-    ) -> torch.Tensor | LossOutput:
-        """hidden [..., D]; with tensor parallelism this process's [n / T, D], and no logits.
-
-        Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
-        give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
-        cross-entropy fp32 [...] in nats, 0 at ignored positions. With targets [..., K]: LossOutput over all of them.
-        """
-        if targets is None:
-            assert not self.parallel
-            return F.linear(hidden, self.weight).float()
-        if targets.ndim == hidden.ndim:
-            return self._of_patches(hidden, targets, denominator)
-        if per_token:
-            per_token_loss = linear_cross_entropy(
-                hidden,
-                self.weight,
-                targets,
-                reduction="none",
-                vocab_size=self.vocab_size,
-                logits_bytes=self.logits_bytes,
-                **self.parallel,
-            )
-            assert isinstance(per_token_loss, torch.Tensor)
-            return per_token_loss
-        total, stats = linear_cross_entropy(
-            hidden,
-            self.weight,
-            targets,
-            reduction="sum",
-            z_loss=self.loss.z_loss,
-            label_smoothing=self.loss.label_smoothing,
-            entropy_weight=self.loss.entropy_weight,
-            vocab_size=self.vocab_size,
-            logits_bytes=self.logits_bytes,
-            return_stats="loss",
-            **self.parallel,
-        )
-        kept = targets != IGNORE
-        if denominator is None:
-            denominator = kept.sum().clamp(min=1)
-        weight_sum = None
-        if self.loss.entropy_weight is not None:
-            assert stats.entropy is not None
-            weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * kept).sum()
-        return LossOutput(total / denominator, stats.cross_entropy.sum(), weight_sum)
-
-    def _of_patches(
-        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float | torch.Tensor | None
-    ) -> LossOutput:
-        """hidden [..., D] of patches, targets [..., K] of the tokens in the next ones."""
-        assert not self.parallel
-        total, cross_entropy, weight_sum = patch_cross_entropy(
-            hidden,
-            self.weight,
-            targets,
-            z_loss=self.loss.z_loss,
-            label_smoothing=self.loss.label_smoothing,
-            entropy_weight=self.loss.entropy_weight,
-            vocab_size=self.vocab_size,
-            logits_bytes=self.logits_bytes,
-        )
-        if denominator is None:
-            denominator = (targets != IGNORE).sum().clamp(min=1)
-        return LossOutput(total / denominator, cross_entropy, weight_sum)
-
-
 class Transformer(nn.Module):
     """Decoder-only language model of the shape `config`.
 
@@ -447,6 +349,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
         patch: int | None = None,
+        contrast: Contrast | None = None,
     ) -> torch.Tensor | LossOutput:
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
@@ -458,6 +361,8 @@ class Transformer(nn.Module):
 
         patch: tokens of a patch; tokens, targets, drop and cu_seqlens are those of data.patches. A patch's embedding is
         the mean of those of its tokens (arXiv 2407.12665), and it predicts all tokens of the next one.
+
+        contrast: what a premature model adds to the logits of the tokens that it names (objective.contrast).
 
         With sequence parallelism tokens, targets and drop are this process's part of each row, S / P consecutive tokens
         in the order of ranks; cu_seqlens and max_seqlen are of the whole rows. Losses and denominator's default are of
@@ -476,6 +381,8 @@ class Transformer(nn.Module):
             raise ValueError("per_token losses are not summed: leave denominator out")
         if patch is not None and (targets is None or per_token or cache is not None or self.mesh.tensor.size > 1):
             raise ValueError("patches are for training: give targets, and neither per_token, cache nor a tensor mesh")
+        if contrast is not None and (targets is None or per_token or patch is not None or self.mesh.tensor.size > 1):
+            raise ValueError("a contrast is for training: give targets, and neither per_token, patch nor a tensor mesh")
         tensor = self.mesh.tensor
         spread = tensor.size > 1 or self.mesh.sequence.size > 1
         if spread and targets is None:
@@ -497,6 +404,8 @@ class Transformer(nn.Module):
                 kept = kept.flatten() if patch is None else kept.flatten(0, 1).any(dim=1)
                 rows = _round_up(kept.nonzero().squeeze(1), kept.numel(), self.norm.weight.dtype)
                 targets = targets.flatten(0, 1).index_select(0, rows)
+                if contrast is not None:
+                    contrast = contrast._replace(mask=contrast.mask.flatten().index_select(0, rows))
         x = self.embedding(tokens) if patch is None else self._patches(tokens, patch)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
@@ -511,10 +420,20 @@ class Transformer(nn.Module):
         if last_only:
             x = x[torch.arange(len(x), device=x.device), ends][:, None] if cache is not None else x[:, -1:]
         if tensor.size == 1:
-            return self.head(self.norm(x), targets, denominator, per_token)
+            return self.head(self.norm(x), targets, denominator, per_token, contrast)
         assert targets is not None
         out = self.head(self.norm(x), targets.flatten(), denominator, per_token)
         return out.view_as(targets) if per_token else out
+
+    def hidden_rows(
+        self, tokens: torch.Tensor, rows: torch.Tensor, *, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """Final hidden states, as the head takes them, of the given flat rows: [n, D]. Not with tensor parallelism."""
+        step = self._step((len(tokens), tokens.shape[1]), tokens.device, cu_seqlens, max_seqlen, None)
+        x = self.embedding(tokens)
+        for block in self.blocks[:-1]:
+            x = block(x, step)
+        return self.norm(self.blocks[-1](x, step, rows))
 
     def _patches(self, tokens: torch.Tensor, size: int) -> torch.Tensor:
         """Mean embedding of the tokens in each patch: [b, S] -> [b, S / size, D]."""

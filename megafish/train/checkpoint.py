@@ -43,6 +43,7 @@ _FIXED = {
     "data": "the training samples or their order are not those of this run",
     "model": "the model's shape is not the one of this run",
     "optimizer": "the stored state is of another optimizer",
+    "premature": "contrast.premature is not the model that this run is contrasted with",
 }
 
 
@@ -273,16 +274,18 @@ def verify_run(run: RunDir, console: Console | None = None) -> tuple[list[int], 
     return good, damaged
 
 
-def identity(config: Config, data: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    """What a continuation must share with the run it continues (_FIXED), in JSON's types. `data`: mask and samples."""
-    return {**data, "model": config.model.model_dump(mode="json"), "optimizer": optimizer}
+def identity(config: Config, data: dict[str, Any], optimizer: str, premature: str | None = None) -> dict[str, Any]:
+    """What a continuation must share with the run it continues (_FIXED), in JSON's types. `data`: mask and samples;
+    `premature`: digest of the premature model."""
+    shape = config.model.model_dump(mode="json")
+    return {**data, "model": shape, "optimizer": optimizer} | ({} if premature is None else {"premature": premature})
 
 
 def check_resume(saved: dict[str, Any], now: dict[str, Any], run: RunDir) -> None:
     """Refuse a continuation that would not be the same run, naming each value that differs."""
     for key, meaning in _FIXED.items():
-        if saved.get(key) != now[key]:
-            difference = "; ".join(differences(saved.get(key), now[key], key))
+        if saved.get(key) != now.get(key):
+            difference = "; ".join(differences(saved.get(key), now.get(key), key))
             raise InputError(f"cannot resume {run.path}: {meaning} ({difference}): undo the change, or start a new run")
 
 

@@ -23,6 +23,7 @@ from megafish.life import Announcement
 from megafish.model.flops import device_peak_flops, flops_per_token, parameter_count
 from megafish.model.load import initial_weights
 from megafish.model.transformer import Transformer
+from megafish.objective.contrast import Premature
 from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
 from megafish.progress import format_quantity
@@ -110,9 +111,14 @@ def train(
         if number := _asked_to_stop(stop, processes):
             return ended(Spent(), number)
 
+        premature = None if config.contrast.premature is None else together(lambda: _premature(config, data))
+
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
-        restorer = Restorer(run, engine, data, guard, identity(config, data.identity(), engine.optimizer_name))
+        fixed = identity(
+            config, data.identity(), engine.optimizer_name, None if premature is None else premature.digest
+        )
+        restorer = Restorer(run, engine, data, guard, fixed)
         point = restorer.restore() if resume else Restored()
         spent, order, owed = point.spent, point.order, point.owes_evaluation
         saved, rollbacks = spent.steps, 0
@@ -209,6 +215,8 @@ def train(
             assert batch is not None
             saver.poll(saving, failed)
             flops = _step_flops(config, data, kept, patch)
+            if premature is not None:
+                flops += _forward_flops(premature, data, kept)
             after = spent.plus(
                 samples=batch.end - spent.samples,
                 tokens=data.batch_tokens,
@@ -224,18 +232,21 @@ def train(
                     tracker.note(f"step {after.steps}: from patches to tokens; optimizer and schedule start anew")
 
             engine.train()
-            sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
+            sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
             for index, micro in enumerate(batch.micro_batches):
                 begin("forward")
-                output = engine(**data.to_model(micro), patch=patch, denominator=max(kept, 1))
+                contrast = None if premature is None else premature(micro)
+                output = engine(**data.to_model(micro), patch=patch, contrast=contrast, denominator=max(kept, 1))
                 begin("backward")
                 engine.backward(output.loss, is_last=index == len(batch.micro_batches) - 1)
                 sums[0] += output.ce_sum
                 if output.weight_sum is not None:
                     sums[1] += output.weight_sum
+                if contrast is not None:
+                    sums[2] += contrast.mask.sum()
             begin("optimizer")
             dist.all_reduce(sums, group=processes.mesh.replicas.group)
-            nats, weight = sums.tolist()
+            nats, weight, corrected = sums.tolist()
             if config.loss.entropy_weight is not None and weight > 0:
                 # So that the mean weight over the global batch is 1. It is known now, and gradients are linear in it.
                 engine.scale_gradients(kept / weight)
@@ -284,6 +295,7 @@ def train(
                     "supervised_tokens": spent.supervised_tokens,
                     "flops": spent.flops,
                     **({} if config.patch.size is None else {"patch_size": patch or 1}),
+                    **({} if premature is None else {"corrected_tokens": int(corrected)}),
                     "progress": progress,
                     "epoch": data.epoch(spent.samples),
                     "data_hash": batch.data_hash,
@@ -402,6 +414,20 @@ def _open_profiler(run: RunDir, config: Config, spent: Spent, processes: Process
         device=processes.device,
         first_step=spent.steps + 1,
     )
+
+
+def _premature(config: Config, data: TrainingData) -> Premature:
+    """The model that this run is contrasted with. Collective."""
+    processes = data.processes
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    sharded = config.engine.zero_stage == 3
+    return Premature(config.contrast, data.tokenizer, processes.mesh, processes.device, dtype, sharded=sharded)
+
+
+def _forward_flops(premature: Premature, data: TrainingData, kept: int) -> float:
+    """Model FLOPs of the premature model in a step: a third of what training it would take."""
+    vocab, length = data.tokenizer.vocab_size, data.config.data.sequence_length
+    return flops_per_token(premature.model_config, vocab, length, kept / data.batch_tokens) * data.batch_tokens / 3
 
 
 def _step_flops(config: Config, data: TrainingData, kept: int, patch: int | None) -> float:

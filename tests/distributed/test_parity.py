@@ -108,6 +108,30 @@ def test_patch_stage_agrees(launch: Launch, settings: list[str], tmp_path: Path)
     assert kept[-1]["loss"] != steps[-1]["loss"]
 
 
+def test_contrast_agrees(launch: Launch, settings: list[str], tmp_path: Path) -> None:
+    """A second run against the repetitions of a first one is the same however both models are spread out."""
+    worker = str(Path(__file__).with_name("variants.py"))
+    common = [*settings, "train.steps=8", "checkpoint.interval=null", "model.init_std=0.5"]
+    first = tmp_path / "first"
+    finish(launch(1, worker, str(tmp_path), json.dumps({"first": ["engine.zero_stage=0"]}), *common))
+    common += [f"train.initial_weights={first}", f"contrast={{premature: {first}, strength: 2.0, context: 32}}"]
+    one = {"stage 0": ["engine.zero_stage=0"], "stage 3": ["engine.zero_stage=3"]}
+    two = {
+        "data": ["engine.zero_stage=1"],
+        "sharded": ["engine.zero_stage=3"],
+        "sequence": ["engine={zero_stage: 3, sequence_parallel: 2}"],
+    }
+    finish(launch(1, worker, str(tmp_path), json.dumps(one), *common))
+    finish(launch(2, worker, str(tmp_path), json.dumps(two), *common))
+    reference = read_metrics(tmp_path / "stage 0")
+    corrected = [step["corrected_tokens"] for step in reference["train"]]
+    assert min(corrected) > 0 and max(corrected) < reference["train"][0]["kept_tokens"] / 2
+    for name in [*one, *two]:
+        curve = read_metrics(tmp_path / name)
+        compare(name, curve, reference)
+        assert [step["corrected_tokens"] for step in curve["train"]] == corrected
+
+
 def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[str, list[dict[str, Any]]]) -> None:
     """All records of a run equal those of the reference, but for the order of sums."""
     for ours, theirs in zip(curve["train"], reference["train"], strict=True):

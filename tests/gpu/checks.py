@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megafish.config import ModelConfig
-from megafish.model.transformer import LossOutput, Transformer
+from megafish.model.head import LossOutput
+from megafish.model.transformer import Transformer
 from megafish_kernels import (
     KeptRows,
     compact_rows,

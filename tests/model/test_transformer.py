@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from megafish.config import LossConfig, ModelConfig, RopeScaling
 from megafish.errors import InputError
-from megafish.model.transformer import KVCache, LossOutput, Transformer
+from megafish.model.head import LossOutput
+from megafish.model.transformer import KVCache, Transformer
 from tests.model.hf_weights import from_hf
 
 transformers = pytest.importorskip("transformers")

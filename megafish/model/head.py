@@ -1,0 +1,156 @@
+"""The output projection and the loss in one: plain, over patches, or with another model's correction."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megafish.config import LossConfig
+from megafish.data.loader import IGNORE
+from megafish.model.mesh import Axis
+from megafish.model.parallel import first_id
+from megafish_kernels import linear_cross_entropy, patch_cross_entropy
+from megafish_kernels.partials import entropy_weight
+
+
+class LossOutput(NamedTuple):
+    """loss: fp32 scalar with gradient, [sum over kept tokens of CE and its terms, times their weight] / denominator.
+    ce_sum: detached fp32 scalar, the sum of plain cross-entropy [nats] over the kept tokens; with a Contrast that of
+    the corrected predictions. weight_sum: that of MiLe's weights, None without it."""
+
+    loss: torch.Tensor
+    ce_sum: torch.Tensor
+    weight_sum: torch.Tensor | None = None
+
+
+class Contrast(NamedTuple):
+    """What another model adds to the logits of some tokens."""
+
+    mask: torch.Tensor
+    """Which targets, bool [b, S]; none that is ignored."""
+    hidden: torch.Tensor
+    """Its final hidden states of these, in their order, times their strength: [n, D']."""
+    weight: torch.Tensor
+    """Its output head, [padded V', D'] for the same vocabulary."""
+
+
+class LossHead(nn.Module):
+    """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its
+    forward."""
+
+    def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig, tensor: Axis) -> None:
+        super().__init__()
+        self.weight = weight
+        self.parallel: dict[str, Any] = {}
+        if tensor.size > 1:
+            self.parallel = {"group": tensor.group, "vocab_start": first_id(weight), "sequence_sharded": True}
+        self.vocab_size = vocab_size
+        self.loss = loss
+        self.logits_bytes = None if loss.logits_mib is None else loss.logits_mib * 2**20
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        denominator: float | torch.Tensor | None = None,
+        per_token: bool = False,
+        contrast: Contrast | None = None,
+    ) -> torch.Tensor | LossOutput:
+        """hidden [..., D]; with tensor parallelism this process's [n / T, D], and no logits.
+
+        Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
+        give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
+        cross-entropy fp32 [...] in nats, 0 at ignored positions. With targets [..., K]: LossOutput over all of them.
+        """
+        if targets is None:
+            assert not self.parallel
+            return F.linear(hidden, self.weight).float()
+        if contrast is not None:
+            return self._corrected(hidden.flatten(0, -2), targets.flatten(), denominator, contrast)
+        if targets.ndim == hidden.ndim:
+            return self._of_patches(hidden, targets, denominator)
+        if per_token:
+            per_token_loss = linear_cross_entropy(
+                hidden,
+                self.weight,
+                targets,
+                reduction="none",
+                vocab_size=self.vocab_size,
+                logits_bytes=self.logits_bytes,
+                **self.parallel,
+            )
+            assert isinstance(per_token_loss, torch.Tensor)
+            return per_token_loss
+        total, stats = linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            reduction="sum",
+            z_loss=self.loss.z_loss,
+            label_smoothing=self.loss.label_smoothing,
+            entropy_weight=self.loss.entropy_weight,
+            vocab_size=self.vocab_size,
+            logits_bytes=self.logits_bytes,
+            return_stats="loss",
+            **self.parallel,
+        )
+        kept = targets != IGNORE
+        if denominator is None:
+            denominator = kept.sum().clamp(min=1)
+        weight_sum = None
+        if self.loss.entropy_weight is not None:
+            assert stats.entropy is not None
+            weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * kept).sum()
+        return LossOutput(total / denominator, stats.cross_entropy.sum(), weight_sum)
+
+    def _corrected(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        denominator: float | torch.Tensor | None,
+        contrast: Contrast,
+    ) -> LossOutput:
+        """hidden [n, D], targets and contrast.mask [n]. Two heads add up to one over concatenated hidden states."""
+        assert not self.parallel
+        mask = contrast.mask.flatten()
+        options: dict[str, Any] = {
+            "reduction": "sum",
+            "z_loss": self.loss.z_loss,
+            "label_smoothing": self.loss.label_smoothing,
+            "vocab_size": self.vocab_size,
+            "logits_bytes": self.logits_bytes,
+            "return_stats": "loss",
+        }
+        total, stats = linear_cross_entropy(hidden, self.weight, targets.masked_fill(mask, IGNORE), **options)
+        nats = stats.cross_entropy.sum()
+        if len(contrast.hidden):
+            rows = mask.nonzero().squeeze(1)
+            both = torch.cat((hidden.index_select(0, rows), contrast.hidden), dim=1)
+            heads = torch.cat((self.weight[: self.vocab_size], contrast.weight[: self.vocab_size]), dim=1)
+            corrected, stats = linear_cross_entropy(both, heads, targets.index_select(0, rows), **options)
+            total, nats = total + corrected, nats + stats.cross_entropy.sum()
+        if denominator is None:
+            denominator = (targets != IGNORE).sum().clamp(min=1)
+        return LossOutput(total / denominator, nats)
+
+    def _of_patches(
+        self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float | torch.Tensor | None
+    ) -> LossOutput:
+        """hidden [..., D] of patches, targets [..., K] of the tokens in the next ones."""
+        assert not self.parallel
+        total, cross_entropy, weight_sum = patch_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            z_loss=self.loss.z_loss,
+            label_smoothing=self.loss.label_smoothing,
+            entropy_weight=self.loss.entropy_weight,
+            vocab_size=self.vocab_size,
+            logits_bytes=self.logits_bytes,
+        )
+        if denominator is None:
+            denominator = (targets != IGNORE).sum().clamp(min=1)
+        return LossOutput(total / denominator, cross_entropy, weight_sum)
