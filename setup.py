@@ -75,6 +75,7 @@ setup(
         "cuda": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
+        "eval": ["lm-eval>=0.4.9"],
         # What benchmarks/kernels_static.py compiles beside our own kernels; Liger imports transformers.
         "bench": [
             "liger-kernel>=0.8.5; platform_system == 'Linux'",

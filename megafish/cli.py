@@ -104,6 +104,18 @@ def _root(
     pass
 
 
+@app.command(epilog="Example: megafish doctor --no-test")
+def doctor(
+    test: Annotated[bool, typer.Option("--test/--no-test", help="Run the self-test of about 20 seconds")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
+) -> None:
+    """What is installed here, what of it is used, what is missing, and whether it works."""
+    from megafish.doctor.report import examine
+
+    if not examine(test=test, as_json=as_json):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: megafish tokenizer corpus/ --output tokenizer.model --vocab-size 32000")
 def tokenizer(
     inputs: Annotated[

@@ -29,7 +29,7 @@ LEVELS = [
     {"jobs"},
     {"audit"},
     {"sweep"},
-    {"demo"},
+    {"demo", "doctor"},
     {"cli"},
     {"__main__"},
 ]
