@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megafish import __version__
 from megafish.errors import InputError
+from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
 from megafish.sweep.cli import sweep
 
@@ -488,6 +489,9 @@ def audit(
 
     audit_run(run, step=step, overrides=overrides or [])
     print(f"next: megafish report {run}")
+
+
+evaluate_cli.add_to(app)
 
 
 @app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")

@@ -423,6 +423,8 @@ class EvalConfig(Section):
     """Sequences read at each validation (at most the whole split)."""
     dropped_sequences: int = Field(default=8, ge=0)
     """Training sequences on which the loss of dropped and kept tokens is compared at each validation. 0: never."""
+    canaries: int = Field(default=8, ge=0)
+    """Canaries of each number of copies whose loss is measured at each validation. 0: none."""
 
 
 class CheckpointConfig(Section):

@@ -27,7 +27,7 @@ LEVELS = [
     {"decode", "huggingface", "plan"},
     {"train"},
     {"jobs"},
-    {"audit"},
+    {"audit", "evaluate"},
     {"sweep"},
     {"demo", "doctor"},
     {"cli"},

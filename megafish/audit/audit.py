@@ -24,12 +24,17 @@ from megafish.audit.view import FORMAT, VERSION, RunView
 from megafish.config import Config
 from megafish.data.corpus import Sample, SampleStream, SourceSpec, open_train, open_valid
 from megafish.data.loader import Batch, EvalLoader, make_batch
+from megafish.data.tokenizer import Tokenizer
 from megafish.decode.generate import generate
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun, load_run
 from megafish.objective.goldfish import GoldfishMask
 from megafish.progress import track
 from megafish.run import read_json
+from megafish.train.track import Recited, publish_audit
+
+RECITED_ROWS = 64
+"""Lines of the table of recited text on the run's wandb and TensorBoard pages."""
 
 REFERENCE_K = 4
 """A run without a mask is measured with this one, to have something to compare masked runs with."""
@@ -81,6 +86,10 @@ def audit_run(
     records = [record(item, loaded.tokenizer) for item in extractions]
     view = RunView(loaded.run.path, config.name, config, {}, [summary], records)
     _write(folder, summary, records, view)
+    if extractions:
+        levels = summary["extraction"]["levels"]
+        rates = {f"recited_{level['exposures']}": level["exact_matches"] / level["canaries"] for level in levels}
+        publish_audit(loaded.run, config, loaded.step, rates, _recited(extractions, loaded.tokenizer))
     console = console or Console()
     for table in tables(summary):
         console.print(table)
@@ -92,6 +101,20 @@ def audit_run(
         )
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return AuditResult(folder, summary)
+
+
+def _recited(extractions: list[Extraction], tokenizer: Tokenizer) -> list[Recited]:
+    """What a table of an audit shows: those with most copies first, and of them what was reproduced furthest."""
+    order = sorted(extractions, key=lambda item: (-item.canary.exposures, -item.prefix_length))[:RECITED_ROWS]
+    return [
+        Recited(
+            item.canary.exposures,
+            item.exact,
+            item.prefix_length,
+            *(tokenizer.decode(ids) for ids in (item.prompt, item.generated, item.suffix)),
+        )
+        for item in order
+    ]
 
 
 def _with_overrides(loaded: LoadedRun, overrides: Sequence[str]) -> Config:

@@ -8,7 +8,6 @@ are left out of the corpus; a passage that other documents repeat may remain.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from megafish.audit.metrics import longest_common_prefix, rouge_l, shared_spans, wilson_interval
+from megafish.data.canary import read_canaries
 from megafish.errors import InputError
-from megafish.run import read_json, sha256_file
 
 
 class Decoder(Protocol):
@@ -88,38 +87,10 @@ def load_canaries(folder: str | Path, epochs: float) -> list[Probe]:
     `epochs` is how many epochs of that corpus the model has seen. Raises InputError for a file that is missing, is not
     the one of the manifest, or is malformed.
     """
-    folder = Path(folder)
-    manifest_file = folder / "manifest.json"
-    # A bare Megatron .bin/.idx pair has no manifest, and so no canaries on record.
-    entry = read_json(manifest_file).get("canaries") if manifest_file.is_file() else None
-    if not entry:
-        return []
-    path = folder / entry["file"]
-    if not path.is_file():
-        raise InputError(f"{path}: the corpus's canaries are missing: restore the file or prepare the corpus again")
-    if sha256_file(path) != entry.get("sha256"):
-        raise InputError(
-            f"{path}: not the file that the manifest names (sha256): restore it or prepare the corpus again"
-        )
-    canaries = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                item = json.loads(line)
-                canary = Probe(
-                    id=int(item["id"]),
-                    exposures=int(item["exposures"]),
-                    tokens=np.asarray(item["tokens"], dtype=np.int64),
-                    corpus=str(folder),
-                    source=str(item.get("source", "")),
-                    epochs=epochs,
-                )
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}:{number}: not a canary: restore the file or prepare the corpus again"
-                ) from None
-            canaries.append(canary)
-    return sorted(canaries, key=lambda c: (c.exposures, c.id))
+    return [
+        Probe(canary.id, canary.exposures, np.asarray(canary.tokens, np.int64), str(folder), canary.source, epochs)
+        for canary in read_canaries(folder)
+    ]
 
 
 def split_canaries(

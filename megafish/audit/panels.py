@@ -205,6 +205,7 @@ def training_panels(runs: Sequence[RunView]) -> list[Panel]:
             settled=True,
         ),
         curves.dropped_panel(),
+        curves.canary_panel(),
         curves.panel(
             "grad_norm",
             "Gradient norm",
@@ -287,6 +288,30 @@ class _Curves:
             "Loss on training samples, forward pass only. Dropped tokens are predicted but not trained on there. "
             "Only a gap beyond the one that held-out text would show points to memorization of the kept ones.",
             settled=True,
+        )
+
+    def canary_panel(self) -> Panel | None:
+        """Loss of the canaries in the course of training: for one run by their copies, for several of the most."""
+        series = []
+        for run in self.runs:
+            records = run.metrics.get("canaries", [])
+            levels = sorted(int(key[5:]) for key in (records[-1] if records else {}) if key.startswith("loss_"))
+            for copies in levels[-1:] if self.several else levels:
+                label = f"{run.name}, {copies}" if self.several else f"{copies}"
+                line = self.line(run, "canaries", f"loss_{copies}", label, dashed=copies == 0)
+                if line is not None:
+                    series.append(line)
+        if not series:
+            return None
+        return Panel(
+            "canary_loss_in_training",
+            "Canaries during training, by their copies",
+            self.xlabel,
+            "nats per token",
+            series,
+            "Mean loss of planted passages, read and not recited. What is learned by heart goes to 0; passages of 0 "
+            "copies were not planted.",
+            zero=True,
         )
 
     def line(

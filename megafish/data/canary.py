@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
+from megafish.run import read_json, sha256_file
 
 _OFFSETS_TRIED = 8
 
@@ -126,6 +129,39 @@ class CandidateKeeper:
             if "\ufffd" not in text:
                 return ids, text
         return None
+
+
+def read_canaries(folder: str | Path) -> list[Canary]:
+    """Canaries recorded in a corpus folder, sorted by exposures, then id; empty where none were planted.
+
+    Raises InputError for a file that is missing, is not the one of the manifest, or is malformed.
+    """
+    manifest_file = Path(folder) / "manifest.json"
+    # A bare Megatron .bin/.idx pair has no manifest, and so no canaries on record.
+    entry = read_json(manifest_file).get("canaries") if manifest_file.is_file() else None
+    if not entry:
+        return []
+    path = Path(folder) / entry["file"]
+    if not path.is_file():
+        raise InputError(f"{path}: the corpus's canaries are missing: restore the file or prepare the corpus again")
+    if sha256_file(path) != entry.get("sha256"):
+        raise InputError(
+            f"{path}: not the file that the manifest names (sha256): restore it or prepare the corpus again"
+        )
+    canaries = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                item = json.loads(line)
+                tokens = np.asarray(item["tokens"], dtype=np.int64).tolist()
+                text, source = (str(item.get(key, "")) for key in ("text", "source"))
+                canary = Canary(int(item["id"]), int(item["exposures"]), tokens, text, source)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path}:{number}: not a canary: restore the file or prepare the corpus again"
+                ) from None
+            canaries.append(canary)
+    return sorted(canaries, key=lambda canary: (canary.exposures, canary.id))
 
 
 def choose(candidates: Iterable[Candidate], config: CanaryConfig) -> tuple[list[Canary], set[int]]:

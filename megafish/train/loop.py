@@ -33,6 +33,7 @@ from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
+from megafish.train.probes import canary_loss, open_probe
 from megafish.train.profile import Profiler
 from megafish.train.recovery import (
     Restored,
@@ -118,6 +119,7 @@ def train(
         fixed = identity(
             config, data.identity(), engine.optimizer_name, None if premature is None else premature.digest
         )
+        probe = together(lambda: open_probe(data))
         restorer = Restorer(run, engine, data, guard, fixed)
         point = restorer.restore() if resume else Restored()
         spent, order, owed = point.spent, point.order, point.owes_evaluation
@@ -155,6 +157,7 @@ def train(
             nonlocal owed, valid_loss
             owed = False
             results = [validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)]
+            results.append(canary_loss(engine, data, probe, cut_short))
             for result in results:
                 if result is None or owed:
                     continue
@@ -475,5 +478,12 @@ def _evaluation_line(result: dict[str, Any], step: int) -> str:
     if result["kind"] == "valid":
         return (
             f"step {step}: validation loss {result['valid_loss']:.4f} nats/token, {result['valid_bpb']:.4f} bits/byte"
+        )
+    if result["kind"] == "canaries":
+        levels = [key.removeprefix("loss_") for key in result if key.startswith("loss_")]
+        low, high = levels[0], levels[-1]
+        return (
+            f"step {step}: loss on canaries with {high} copies {result[f'loss_{high}']:.4f}, "
+            f"with {low} {result[f'loss_{low}']:.4f}"
         )
     return f"step {step}: loss on dropped tokens {result['loss_dropped']:.4f}, on kept tokens {result['loss_kept']:.4f}"

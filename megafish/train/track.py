@@ -11,13 +11,13 @@ import os
 import time
 import uuid
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from megafish.config import Config
+from megafish.config import Config, dump_config
 from megafish.errors import InputError
 from megafish.run import RunDir, write_atomic
 
@@ -25,7 +25,45 @@ from megafish.run import RunDir, write_atomic
 PLAIN_INTERVAL = 10.0
 
 # Groups of the wandb and TensorBoard pages.
-_GROUPS = {"train": "train", "valid": "valid", "dropped": "goldfish", "checkpoint": "checkpoint", "skipped": "guard"}
+_GROUPS = {
+    "train": "train",
+    "valid": "valid",
+    "dropped": "goldfish",
+    "canaries": "memorization",
+    "checkpoint": "checkpoint",
+    "skipped": "guard",
+}
+# Of a step's numbers, those that are not about what it has learned.
+_PLACES = {
+    "lr": "optimizer",
+    "grad_norm": "optimizer",
+    "kept_tokens": "goldfish",
+    "dropped_tokens": "goldfish",
+    "drop_rate": "goldfish",
+    "corrected_tokens": "goldfish",
+    "tokens": "budget",
+    "supervised_tokens": "budget",
+    "flops": "budget",
+    "progress": "budget",
+    "epoch": "budget",
+    "patch_size": "budget",
+    "tokens_per_s": "speed",
+    "model_flops_per_s": "speed",
+    "mfu": "speed",
+    "memory_bytes": "speed",
+}
+
+
+class Recited(NamedTuple):
+    """A line of the table of an audit."""
+
+    copies: int
+    exact: bool
+    tokens: int
+    """Tokens reproduced before the first difference."""
+    prompt: str
+    continuation: str
+    truth: str
 
 
 class Tracker:
@@ -50,6 +88,8 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+            lines = dump_config(self.config).splitlines()
+            self.tensorboard.add_text("config", "\n".join(f"    {line}" for line in lines), step)
 
     def _close(self) -> None:
         self._file.close()
@@ -78,11 +118,10 @@ class Tracker:
         # One write a line: a kill leaves whole lines and at most one cut off, which readers skip.
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        group = _GROUPS[record["kind"]]
         numbers = {
-            f"{group}/{key}": value
+            f"{_page(record['kind'], key)}/{key}": value
             for key, value in record.items()
-            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         if self.tensorboard is not None:
             for key, value in numbers.items():
@@ -97,6 +136,41 @@ class Tracker:
     def note(self, text: str) -> None:
         """A line of its own above the live one."""
         self._bar.print(text)
+
+
+def _page(kind: str, key: str) -> str:
+    """The group under which wandb and TensorBoard show a number."""
+    if kind == "train":
+        return "speed" if key.startswith("seconds_") else _PLACES.get(key, "train")
+    return _GROUPS[kind]
+
+
+def publish_audit(run: RunDir, config: Config, step: int, numbers: dict[str, float], rows: list[Recited]) -> None:
+    """Show an audit on the run's own wandb and TensorBoard pages: its numbers, and a table of what was recited."""
+    numbers = {f"memorization/{key}": value for key, value in numbers.items()}
+    if config.track.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run.path / "tensorboard")) as writer:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.add_text("memorization/recited", _as_markdown(rows), step)
+    if config.track.wandb.enabled:
+        import wandb
+
+        handle = _start_wandb(run, config)
+        cells = [list(row) for row in rows]
+        handle.log({**numbers, "memorization/recited": wandb.Table(list(Recited._fields), cells), "step": step})
+        handle.finish()
+
+
+def _as_markdown(rows: list[Recited]) -> str:
+    """A table; what would end a cell or a line is escaped."""
+    lines = [" | ".join(Recited._fields), " | ".join(["---"] * len(Recited._fields))]
+    for row in rows:
+        cells = (str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "⏎") for cell in row)
+        lines.append(" | ".join(cells))
+    return "\n".join(lines)
 
 
 def _forget_after(run: RunDir, step: int) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megafish.config import load_config
 from megafish.run import RunDir
-from megafish.train.track import Tracker
+from megafish.train.track import Recited, Tracker, publish_audit
 
 RECORD = {"kind": "train", "step": 1, "loss": 2.5, "drop_rate": 0.25, "lr": 1e-3, "tokens_per_s": 1234.0, "mfu": None}
 
@@ -71,6 +71,40 @@ def test_tensorboard_receives_every_number(tmp_path: Path) -> None:
     scalars = events.Scalars("train/loss")
     assert [event.step for event in scalars] == list(range(1, 11))
     assert scalars[3].value == pytest.approx(2.5)
+
+
+ROWS = [Recited(8, True, 3, "the | big\nfish", " swims", " swims"), Recited(0, False, 0, "a", "b", "c")]
+
+
+def test_an_audit_goes_to_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunDir(tmp_path / "run")
+    overrides = ["track.tensorboard=true"]
+    track(run, range(1, 3), overrides=tuple(overrides))
+    publish_audit(run, load_config("tiny", overrides), 2, {"recited_8": 0.5}, ROWS)
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("memorization/recited_8")] == [(2, 0.5)]
+    assert {"optimizer/lr", "speed/tokens_per_s", "goldfish/drop_rate"} <= set(events.Tags()["scalars"])
+    (text,) = events.Tensors("memorization/recited/text_summary")
+    table = text.tensor_proto.string_val[0].decode().splitlines()
+    assert len(table) == 4 and "the \\| big⏎fish" in table[2]
+    (config,) = events.Tensors("config/text_summary")
+    assert "hidden_size: 192" in config.tensor_proto.string_val[0].decode()
+
+
+def test_an_audit_continues_the_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = RunDir(tmp_path / "run")
+    overrides = ["track.wandb.enabled=true", "track.wandb.mode=offline"]
+    track(run, range(1, 3), overrides=tuple(overrides))
+    publish_audit(run, load_config("tiny", overrides), 2, {"recited_8": 0.5}, ROWS)
+    folders = sorted((run.path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2, "a second part of the same run"
+    (table,) = (run.path / "wandb").glob("offline-run-*/files/media/table/memorization/recited_*.table.json")
+    found = json.loads(table.read_text())
+    assert found["columns"] == list(Recited._fields) and found["data"][0] == list(ROWS[0])
 
 
 def test_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

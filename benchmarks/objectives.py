@@ -1,0 +1,154 @@
+"""What the objectives cost: a step of each beside a plain one, in turn, on the same batches of real text.
+
+The shape and the corpus are those of benchmarks/patches.py. A step is forward, backward and AdamW; the self-contrastive
+one has the premature model's forward pass and the search for what it predicts wrongly.
+
+    python benchmarks/objectives.py [--steps 15] [--shape 8x256] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import save, table
+from patches import SIZE, make_corpus
+
+from megafish.config import ContrastConfig, LossConfig, ModelConfig, load_config
+from megafish.data.corpus import SampleStream, open_train, run_tokenizer
+from megafish.data.loader import Batch, Loader
+from megafish.data.patches import patch_batch
+from megafish.model.load import initial_weights
+from megafish.model.mesh import Mesh
+from megafish.model.transformer import Transformer
+from megafish.objective.contrast import Premature
+from megafish.objective.goldfish import GoldfishMask
+
+ROWS, LENGTH = 4, 512
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_premature(folder: Path, corpus: Path, shape: str, steps: int) -> Path:
+    """A run of the shape that has learned which words are frequent, and so repeats them."""
+    run = folder / "premature"
+    overrides = [
+        f"model={shape}",
+        f"data={{train: {corpus}, sequence_length: {LENGTH}}}",
+        f"train={{steps: {steps}, global_batch_size: {ROWS}, micro_batch_size: {ROWS}}}",
+        "optimizer.lr=1.5e-3",
+        "goldfish.k=null",
+        "eval={interval: null, sequences: 8}",
+        "checkpoint.interval=null",
+        f"run_dir={run}",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "megafish", "train", "tiny", *overrides], check=True, stdout=subprocess.DEVNULL
+    )
+    return run
+
+
+def main() -> None:
+    """The steps and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15, help="steps of each objective")
+    parser.add_argument("--shape", default="8x256", help="layers x width")
+    parser.add_argument("--premature-steps", type=int, default=150)
+    parser.add_argument("--save", action="store_true", help="write results/DATE_objectives.md")
+    asked = parser.parse_args()
+    layers, width = map(int, asked.shape.split("x"))
+    inner = -(-width * 8 // 3 // 64) * 64
+    heads = max(1, width // 64)
+    shape = f"{{num_layers: {layers}, hidden_size: {width}, num_heads: {heads}, intermediate_size: {inner}, "
+    shape += "tie_embeddings: false}"
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = make_corpus(folder)
+        run = train_premature(folder, corpus, shape, asked.premature_steps)
+        for precision in DTYPES:
+            rows += measure(run, precision, asked.steps)
+    head = ["step", "ms", "of plain", "tokens/s of plain", "corrected targets"]
+    text = f"{layers} layers of width {width}, {ROWS} x {LENGTH} tokens a step, {torch.get_num_threads()} threads; "
+    text += f"medians of {asked.steps} steps in turn. Patches of {SIZE} tokens.\n\n{table(rows, head)}"
+    print(text)
+    if asked.save:
+        print(save("objectives", text))
+
+
+def measure(run: Path, precision: str, steps: int) -> list[list[str]]:
+    """Rows of the table in one precision."""
+    dtype = DTYPES[precision]
+    config = load_config(run / "config.yaml")
+    sources, tokenizer = open_train(config.data), run_tokenizer(config.data)
+    stream = SampleStream(sources, LENGTH, seed=1, halo=13)
+    mask = GoldfishMask(config.goldfish.model_copy(update={"k": 4}), tokenizer)
+    plain, masked = (Loader(stream, each, ROWS, ROWS) for each in (None, mask))
+    premature = Premature(
+        ContrastConfig(premature=str(run)), tokenizer, Mesh(), torch.device("cpu"), dtype, sharded=False
+    )
+    model_config: ModelConfig = config.model
+    corrected: list[float] = []
+
+    def stepper(loss: LossConfig, patch: int | None = None, contrasted: bool = False) -> Callable[[Batch], None]:
+        weights = initial_weights(run, model_config, tokenizer.vocab_size)
+        model = Transformer(model_config, tokenizer.vocab_size, loss=loss, weights=weights).to(dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+        def step(batch: Batch) -> None:
+            batch = batch if patch is None else patch_batch(batch, patch)
+            contrast = premature(batch) if contrasted else None
+            if contrast is not None:
+                corrected.append(float(contrast.mask.sum()) / batch.kept)
+            out = model(
+                batch.tokens,
+                targets=batch.targets,
+                drop=batch.drop,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+                denominator=batch.kept,
+                patch=patch,
+                contrast=contrast,
+            )
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    cases = {
+        "plain": (stepper(LossConfig()), plain),
+        "goldfish k=4": (stepper(LossConfig()), masked),
+        "MiLe": (stepper(LossConfig(mile_gamma=1.0)), plain),
+        "self-contrastive": (stepper(LossConfig(), contrasted=True), plain),
+        "self-contrastive, goldfish k=4": (stepper(LossConfig(), contrasted=True), masked),
+        "patches": (stepper(LossConfig(), patch=SIZE), plain),
+        "patches, goldfish k=4": (stepper(LossConfig(), patch=SIZE), masked),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(steps + 2):
+        for name, (step, loader) in cases.items():
+            batch = loader.step(number * ROWS).micro_batches[0]
+            started = time.perf_counter()
+            step(batch)
+            if number >= 2:
+                times[name].append(time.perf_counter() - started)
+    base = statistics.median(times["plain"])
+    rows = []
+    for name, taken in times.items():
+        seconds = statistics.median(taken)
+        share = f"{statistics.mean(corrected):.1%}" if "contrastive" in name else ""
+        rows.append(
+            [f"{name}, {precision}", f"{seconds * 1e3:.0f}", f"{seconds / base:.3f}", f"{base / seconds:.2f}", share]
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
