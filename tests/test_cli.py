@@ -17,7 +17,20 @@ from megafish.cli import main
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import train_tokenizer
 
-COMMANDS = ("tokenizer", "prepare", "train", "verify", "generate", "audit", "report", "demo", "schema")
+COMMANDS = (
+    "tokenizer",
+    "prepare",
+    "train",
+    "verify",
+    "generate",
+    "export",
+    "import",
+    "audit",
+    "report",
+    "demo",
+    "schema",
+    "doctor",
+)
 SMALL = (
     "model={num_layers: 1, hidden_size: 32, num_heads: 2, intermediate_size: 48}",
     "data.sequence_length=32",
@@ -197,3 +210,29 @@ def test_ctrl_c_is_said(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.strip() == "interrupted"
+
+
+def test_a_model_goes_out_comes_back_and_is_trained_on(call: Call, corpus: Path) -> None:
+    pytest.importorskip("transformers")
+    assert call("train", "tiny", f"data.train={corpus}", "run_dir=run", *SMALL)[0] == 0
+    code, out, err = call("export", "run", "--to", "hf")
+    assert code == 0, err
+    assert "LlamaForCausalLM" in out and "next: python -c" in out
+    assert_refused(call("export", "run", "--to", "hf"), "hf", "not an empty folder")
+    code, out, err = call("import", "hf", "--to", "back")
+    assert code == 0, err
+    assert "next: megafish generate back" in out
+    assert_refused(call("import", "hf", "--to", "back"), "back", "not an empty folder")
+    assert_refused(
+        call("train", "back", f"data.train={corpus}", *SMALL[1:]),
+        "no optimizer state",
+        "megafish train back/config.yaml",
+    )
+    assert call("generate", "back", "--prompt", "def", "--max-new-tokens", "4")[0] == 0
+    overrides = ("name=on", f"data.train={corpus}", "run_dir=on", *SMALL[1:])
+    code, out, err = call("train", "back/config.yaml", *overrides)
+    assert code == 0, err
+    assert "on starts from" in " ".join((out + err).split())
+    first = json.loads(Path("on/metrics.jsonl").read_text().splitlines()[0])
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < last["loss"], "it starts where the first run ended"

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from megafish.config import Config, ModelConfig
-from megafish.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
+from megafish.data.tokenizer import Tokenizer, load_tokenizer
 from megafish.errors import InputError
 from megafish.huggingface.export import SHARD_BYTES, appearing, write_parts
 from megafish.huggingface.shape import from_huggingface as shape_of
+from megafish.huggingface.tokenizer import original_tokenizer
 from megafish.huggingface.weights import from_huggingface
 from megafish.model.flops import padded_vocab_size
 from megafish.model.load import MANIFEST, STATE, WEIGHTS_INDEX, Tensors
@@ -55,7 +56,7 @@ def import_model(
         raise InputError(f"{source}: no such folder: name one with config.json, safetensors and a tokenizer")
     values = read_json(source / "config.json")
     model = shape_of(values, str(source / "config.json"))
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(original_tokenizer(source))
     assert model.vocab_size is not None
     rows = model.vocab_size
     _check_sizes(source, rows, tokenizer)
@@ -78,7 +79,7 @@ def import_model(
         manifest = {"format": "megafish-checkpoint", "version": 2, "files": dict(sorted(files.items()))}
         write_atomic(checkpoint / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         write_atomic(run.latest_file, checkpoint.name + "\n")
-        name = tokenizer_file(source).name
+        name = original_tokenizer(source).name
         shutil.copyfile(source / name, beside / name)
         length = min(int(values.get("max_position_embeddings", _LENGTH)), _LENGTH)
         run.save_config(_recipe(target, model, target / name, length, dtype))

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megafish.data.tokenizer import Tokenizer
+from megafish.data.tokenizer import Tokenizer, tokenizer_file
 from megafish.errors import InputError
+from megafish.run import read_json
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
+ORIGINAL = "megafish_tokenizer"
+"""Key of tokenizer_config.json that names the file from which the others were made. transformers passes over it."""
 _SPACE = "\u2581"
 _TRIALS = 2000
 _NEVER = -1000.0
@@ -47,12 +50,23 @@ class Comparison:
         return None
 
 
+def original_tokenizer(folder: Path) -> Path:
+    """The tokenizer's file in a folder: of an export the one that the model was trained with, byte for byte, so that
+    corpora prepared with it go on to fit; else the one that transformers takes."""
+    settings = folder / "tokenizer_config.json"
+    named = read_json(settings).get(ORIGINAL) if settings.is_file() else None
+    if named in (TOKENIZER_JSON, TOKENIZER_MODEL) and (folder / named).is_file():
+        return folder / str(named)
+    return tokenizer_file(folder)
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> Comparison:
     """Write the tokenizer into a folder: tokenizer.json unless it would be another one, and tokenizer.model besides
     where the tokenizer is one. max_positions: the length [tokens] above which transformers warns."""
     data = tokenizer.path.read_bytes()
     compared = Comparison(None)
-    if data.lstrip()[:1] == b"{":
+    original = TOKENIZER_JSON if data.lstrip()[:1] == b"{" else TOKENIZER_MODEL
+    if original == TOKENIZER_JSON:
         (folder / TOKENIZER_JSON).write_bytes(data)
     else:
         (folder / TOKENIZER_MODEL).write_bytes(data)
@@ -70,6 +84,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> C
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
+        ORIGINAL: original,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
