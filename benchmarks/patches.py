@@ -68,10 +68,10 @@ def make_corpus(folder: Path) -> Path:
 def run(folder: Path, corpus: Path, name: str, tokens: float) -> list[dict[str, Any]]:
     """Train one of RUNS, or go on with it, and return its records."""
     path = folder / name.replace(", ", "-").replace(" ", "-")
-    if not (path / "latest").exists():
-        command = [sys.executable, "-m", "megafish", "train", "tiny", f"data.train={corpus}", f"run_dir={path}"]
-        overrides = [*SETTINGS, f"train.tokens={tokens:.0f}", *RUNS[name]]
-        subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    overrides = ["tiny", f"data.train={corpus}", f"run_dir={path}", *SETTINGS]
+    overrides += [f"train.tokens={tokens:.0f}", *RUNS[name]]
+    what = [str(path)] if (path / "config.yaml").exists() else overrides
+    subprocess.run([sys.executable, "-m", "megafish", "train", *what], check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

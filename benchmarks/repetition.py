@@ -37,15 +37,15 @@ SHAPE = ["train={global_batch_size: 4, micro_batch_size: 4}", "schedule={min_lr_
 SHAPE += ["eval={interval: null, sequences: 512}", "checkpoint.interval=null", "goldfish.k=4"]
 SHAPE += ["audit={prompt_tokens: 40, suffix_tokens: 40}"]
 SECOND_RATE = "optimizer.lr=1e-3"
+STRENGTHS = (0.5, 1.0, 2.0, 4.0)  # the paper's: 4
 
 
 def train(folder: Path, corpus: Path, name: str, tokens: int, *overrides: str) -> Path:
-    """A run below the folder, trained unless it is there."""
+    """A run below the folder, trained or continued."""
     run = folder / name
-    if not (run / "latest").exists():
-        settings = [f"data.train={corpus}", f"run_dir={run}", f"train.supervised_tokens={tokens}", *SHAPE, *overrides]
-        command = [sys.executable, "-m", "megafish", "train", "tiny", *settings]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    settings = [f"data.train={corpus}", f"run_dir={run}", f"train.supervised_tokens={tokens}", *SHAPE, *overrides]
+    what = [str(run)] if (run / "config.yaml").exists() else ["tiny", *settings]
+    subprocess.run([sys.executable, "-m", "megafish", "train", *what], check=True, stdout=subprocess.DEVNULL)
     return run
 
 
@@ -121,8 +121,12 @@ def main() -> None:
             "plain": first,
             "MiLe, gamma 1": train(folder, corpus, "mile", tokens, "optimizer.lr=4e-3", "loss.mile_gamma=1"),
             "plain, then plain": train(folder, corpus, "second", *onward),
-            "plain, then self-contrastive": train(folder, corpus, "contrast", *onward, f"contrast.premature={first}"),
         }
+        for strength in STRENGTHS:
+            contrast = (f"contrast.premature={first}", f"contrast.strength={strength}")
+            runs[f"plain, then self-contrastive, {strength:g}"] = train(
+                folder, corpus, f"contrast-{strength:g}", *onward, *contrast
+            )
         found = {name: measure(run) for name, run in runs.items()}
     keys = [key for key in found["plain"] if key not in ("recited", "of")]
     rows = []
