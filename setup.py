@@ -75,7 +75,7 @@ setup(
         "cuda": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval>=0.4.13"],
         # What benchmarks/kernels_static.py compiles beside our own kernels; Liger imports transformers.
         "bench": [
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
@@ -94,6 +94,8 @@ setup(
             "scipy>=1.11",
             "transformers>=4.45",
             "wandb>=0.17",
+            "lm-eval>=0.4.13",
+            "accelerate>=1.1",  # lm-eval's own class for Hugging Face models, which the tests compare with
         ],
     },
 )

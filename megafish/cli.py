@@ -456,8 +456,8 @@ def export(
     done = run_export(run, to, step=step, dtype=chosen, shard_bytes=int(shard_gib * 2**30))
     files = f"{done.files} file{'s' if done.files > 1 else ''}"
     print(f"{to}: {done.architecture}, {done.parameters / 1e6:.1f}M parameters in {files}")
-    if done.tokenizer.note is not None:
-        print(done.tokenizer.note)
+    for note in done.notes:
+        print(note)
     print(f"next: python -c \"from transformers import pipeline; print(pipeline('text-generation', '{to}')('The'))\"")
 
 

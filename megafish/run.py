@@ -1,6 +1,6 @@
 """A run directory: where everything of one run is, and the only place that knows its file names.
 
-config.yaml   metrics.jsonl   status.json   latest   checkpoints/step_00001000/   audit/   report.html   plots/
+config.yaml   metrics.jsonl   status.json   latest   checkpoints/step_00001000/   audit/   evals/   report.html   plots/
 quarantine.jsonl   logs/   profile/   tensorboard/   wandb/   wandb_id   job.json   submit.sbatch   .lock
 """
 

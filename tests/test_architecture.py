@@ -39,6 +39,7 @@ LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 ONLY_IN = {
     "deepspeed": {"megafish/train/engine.py"},
     "wandb": {"megafish/train/track.py"},
+    "lm_eval": {"megafish/evaluate/harness.py", "megafish/evaluate/lm.py"},
     "triton": set(),
 }
 

@@ -45,13 +45,13 @@ def generate(
     if seed < 0:
         raise InputError(f"seed={seed}: must be 0 or above")
     _check_prompts(prompts, model.vocab_size)
-    ending = _Ending(tokenizer, stop or ())
+    ending = Ending(tokenizer, stop or ())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[int]] = [[] for _ in prompts]
     with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            _generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar)
+            generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar)
     return results
 
 
@@ -122,7 +122,7 @@ class Sampler:
         return ids.gather(1, place).squeeze(1)
 
 
-class _Ending:
+class Ending:
     """When a continuation is over."""
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str | int]) -> None:
@@ -163,13 +163,13 @@ class _Ending:
         return remaining
 
 
-def _generate_batch(
+def generate_batch(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     max_new_tokens: int,
     sampler: Sampler,
-    ending: _Ending,
+    ending: Ending,
     seed: int,
     results: list[list[int]],
     bar: Track,

@@ -37,6 +37,18 @@ class Exported:
     tokenizer: Comparison
     """How its tokenizer.json compares with the run's tokenizer."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user has to know."""
+        found = [] if self.tokenizer.note is None else [self.tokenizer.note]
+        if self.architecture == "Qwen2ForCausalLM":
+            # It takes the class that it knows for the model's type, whatever tokenizer_config.json says (5.23).
+            found.append(
+                "transformers' AutoTokenizer puts Qwen2's own splitting of text in the place of this one's: unless "
+                "it is Qwen2's, load it by PreTrainedTokenizerFast.from_pretrained"
+            )
+        return found
+
 
 def export(
     run: str | Path,

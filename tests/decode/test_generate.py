@@ -12,7 +12,7 @@ import torch
 
 from megafish.config import ModelConfig
 from megafish.data.tokenizer import Tokenizer, load_tokenizer
-from megafish.decode.generate import Sampler, _Ending, generate, generate_text
+from megafish.decode.generate import Ending, Sampler, generate, generate_text
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 
@@ -128,10 +128,10 @@ def test_a_stop_string_may_be_the_space_before_the_first_word() -> None:
             return "".join(words[i] for i in ids if i).replace("\u2581", " ").removeprefix(" ")
 
     tokenizer = cast(Tokenizer, Words())
-    assert _Ending(tokenizer, [" cat"]).cut([1], [2]) == 0
-    assert _Ending(tokenizer, ["cat"]).cut([1, 2], [1]) is None  # what the prompt says ends nothing
-    assert _Ending(tokenizer, ["cats"]).cut([1, 2], [3]) is None
-    assert _Ending(tokenizer, ["cat"]).cut([1], [1, 1, 2]) == 2
+    assert Ending(tokenizer, [" cat"]).cut([1], [2]) == 0
+    assert Ending(tokenizer, ["cat"]).cut([1, 2], [1]) is None  # what the prompt says ends nothing
+    assert Ending(tokenizer, ["cats"]).cut([1, 2], [3]) is None
+    assert Ending(tokenizer, ["cat"]).cut([1], [1, 1, 2]) == 2
 
 
 def test_end_of_text_is_not_part_of_the_result(corpus: Path) -> None:

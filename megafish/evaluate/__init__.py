@@ -1,0 +1,1 @@
+"""Benchmarks of a run's model through EleutherAI's lm-evaluation-harness (the extra `eval`)."""

@@ -1,0 +1,68 @@
+"""The processes of an evaluation: those that torchrun starts, or this one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megafish.errors import InputError
+
+T = TypeVar("T")
+
+# One process may have a batch less to do than another, and long batches take minutes; torchrun ends the others when one
+# of them dies.
+_TIMEOUT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share the requests."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks, in each of them."""
+        if self.size == 1:
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """The process group that RANK and WORLD_SIZE name, until the block ends. Objects alone are exchanged, over gloo."""
+    try:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise InputError("RANK and WORLD_SIZE must be whole numbers: start the processes with torchrun") from None
+    if size == 1 or dist.is_initialized():
+        yield Processes(rank, size)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE={size}, but {missing[0]} is not set: start the processes with torchrun")
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield Processes(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of(wanted: str | None) -> torch.device:
+    """The device of this process: `wanted` (cpu or cuda), by default a GPU where there is one."""
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU: leave --device out, or install a CUDA build of torch")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
