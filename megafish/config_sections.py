@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from megafish.config_deepspeed import complaints
 from megafish.config_errors import NO_NUMBER
+from megafish.config_megatron import parse_blend, parse_split
 
 
 class Section(BaseModel):
@@ -138,8 +139,8 @@ class SourceConfig(Section):
 
     path: AbsolutePath
     """A folder written by `megafish prepare`, or the prefix of a Megatron .bin/.idx pair (without the extension)."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the samples, relative to the other sources."""
+    weight: Annotated[float, Field(gt=0)] | Literal["size"] = 1.0
+    """Share of the samples, relative to the other sources. size: by their numbers of tokens."""
     goldfish_k: Annotated[int, Field(ge=2)] | Literal["default"] | None = "default"
     """Drop 1 in k for this source instead of goldfish.k; null: never drop; default: goldfish.k."""
 
@@ -151,6 +152,8 @@ class DataConfig(Section):
     """Training sources. A single path, or a list of paths, is short for sources of equal weight."""
     valid: list[SourceConfig] | None = None
     """Validation sources. null: the validation split of the training corpora."""
+    split: Text | None = None
+    """Cut bare .bin/.idx pairs into training, validation and test text in these proportions (969,30,1), as Megatron."""
     tokenizer: AbsolutePath | None = None
     """tokenizer.model (sentencepiece) or tokenizer.json. null: the one stored in the training corpora."""
     sequence_length: int = Field(default=1024, ge=8)
@@ -163,11 +166,36 @@ class DataConfig(Section):
     @field_validator("train", "valid", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, (str, dict)):
+        if isinstance(value, str):
+            return parse_blend(value) or [{"path": value}]
+        if isinstance(value, dict):
             value = [value]
         if isinstance(value, list):
             return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @field_validator("split")
+    @classmethod
+    def _is_a_split(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_split(text)
+        return text
+
+    @model_validator(mode="after")
+    def _validates_on_one_text(self) -> DataConfig:
+        if self.split is not None and self.valid is not None:
+            raise ValueError(
+                "split cuts validation text from data.train, and data.valid names some: leave out one of them"
+            )
+        sizes = {source.weight == "size" for source in self.train}
+        if len(sizes) > 1:
+            raise ValueError("train: weight=size for some sources and a number for others: give all of them one kind")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, float, float] | None:
+        """Shares of training, validation and test, None without a split."""
+        return None if self.split is None else parse_split(self.split)
 
 
 # ------------------------------------------------------------------------------------------------------------ objective

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors", "progress"},
     {"config_yaml"},
-    {"config_deepspeed", "config_errors"},
+    {"config_deepspeed", "config_errors", "config_megatron"},
     {"config_sections"},
     {"config"},
     {"run"},

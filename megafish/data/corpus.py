@@ -19,6 +19,7 @@ import numpy.typing as npt
 from megafish.config import DataConfig, SourceConfig
 from megafish.data.indexed import IndexedDataset, file_pair
 from megafish.data.manifest import DEFAULT_K, MANIFEST, NEVER_K, read_manifest
+from megafish.data.megatron import cut
 from megafish.data.order import ORDER, Locations, SampleOrder
 from megafish.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megafish.errors import InputError
@@ -66,24 +67,33 @@ class Sample:
 class Corpus:
     """The documents of one split.
 
-    `path`: a corpus folder, or the prefix of a .bin/.idx pair, which has no splits (`split` is then ignored). Opening
-    checks the index, and the sizes of the files against the manifest. Raises InputError.
+    `path`: a corpus folder, or the prefix of a .bin/.idx pair, which has no splits (`split` is then ignored) unless
+    `shares` of training, validation and test cut it as Megatron does (data.split). Opening checks the index, and the
+    sizes of the files against the manifest. Raises InputError.
 
     Attributes: `data`, the IndexedDataset; `manifest`, None for a bare pair; `text_bytes`, the UTF-8 bytes of the
     split's text, None for a bare pair; `vocab_size`, the bound of the ids, for a bare pair None until
     `check_tokenizer`.
     """
 
-    def __init__(self, path: str | Path, split: Literal["train", "valid"] = "train") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: Literal["train", "valid"] = "train",
+        shares: tuple[float, float, float] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._range: tuple[int, int] | None = None
         self.manifest: dict[str, Any] | None = None
         self.vocab_size: int | None = None
         self.text_bytes: int | None = None
         self._files: dict[str, dict[str, Any]] = {}
-        if self.path.is_dir():
+        if not self.path.is_dir():
+            self._open_pair(split, shares)
+        elif shares is None:
             self._open_folder(split)
         else:
-            self._open_pair()
+            raise InputError(f"{self.path}: data.split is for bare .bin/.idx pairs, this corpus has a split of its own")
 
     @property
     def num_tokens(self) -> int:
@@ -163,7 +173,8 @@ class Corpus:
             files = {name: entry["sha256"] for name, entry in sorted(self._files.items())}
             return {"files": files, "tokenizer": self.manifest["tokenizer"]["sha256"]}
         size = self.data.bin_path.stat().st_size
-        return {"bin_bytes": size, "idx_sha256": sha256_file(self.data.idx_path)}
+        found = {"bin_bytes": size, "idx_sha256": sha256_file(self.data.idx_path)}
+        return found if self._range is None else {**found, "documents": list(self._range)}
 
     def _open_folder(self, split: str) -> None:
         manifest = self.manifest = read_manifest(self.path)
@@ -196,11 +207,13 @@ class Corpus:
         k_name = f"{split}.k.npy"
         self._document_k = self._open_k(self.path / k_name) if k_name in self._files else None
 
-    def _open_pair(self) -> None:
+    def _open_pair(self, split: str, shares: tuple[float, float, float] | None) -> None:
         bin_path, idx_path = file_pair(self.path)
         if not idx_path.is_file() and not bin_path.is_file():
             raise InputError(_NO_CORPUS.format(path=self.path))
         self.data = IndexedDataset(self.path)
+        if shares is not None:
+            self.data, self._range = cut(self.data, shares, split)
         self._document_k = None
 
     def _open_k(self, path: Path) -> npt.NDArray[np.int32]:
@@ -337,7 +350,7 @@ def open_train(config: DataConfig) -> list[SourceSpec]:
     """The training sources of a configuration."""
     if not config.train:
         raise InputError("data.train is empty: name a corpus (data.train=PATH), made by `megafish prepare`")
-    return [_open_source(source, "train") for source in config.train]
+    return [_open_source(source, "train", config.shares) for source in config.train]
 
 
 def open_valid(config: DataConfig) -> list[SourceSpec]:
@@ -361,6 +374,8 @@ def open_valid(config: DataConfig) -> list[SourceSpec]:
     found = []
     for source in config.train:
         if not Path(source.path).is_dir():
+            if config.shares is not None and config.shares[1]:
+                found.append(_open_source(source, "valid", config.shares))
             continue
         split = read_manifest(Path(source.path))["splits"].get("valid")
         if split is not None and split["tokens"] >= needed:
@@ -411,8 +426,12 @@ def _stored_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     return load_tokenizer(folder / manifest["tokenizer"]["file"], eos=manifest["tokenizer"]["eos_id"])
 
 
-def _open_source(source: SourceConfig, split: Literal["train", "valid"]) -> SourceSpec:
-    return SourceSpec(Corpus(source.path, split), source.weight, source.goldfish_k)
+def _open_source(
+    source: SourceConfig, split: Literal["train", "valid"], shares: tuple[float, float, float] | None = None
+) -> SourceSpec:
+    corpus = Corpus(source.path, split, shares)
+    weight = corpus.num_tokens if source.weight == "size" else source.weight
+    return SourceSpec(corpus, weight, source.goldfish_k)
 
 
 def _effective_k(

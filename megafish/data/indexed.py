@@ -22,6 +22,7 @@ import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -68,7 +69,8 @@ class IndexedDataset:
     truncated or damaged file is refused by name and byte offset before a token is read. Raises InputError.
 
     Attributes: `dtype` of the ids; `tokens`, the whole stream [num_tokens] (a view of the file); `num_tokens`,
-    `num_documents`, `num_sequences`; `bin_path`, `idx_path`.
+    `num_documents`, `num_sequences`; `one_sequence_each`, whether that is what every document is; `bin_path`,
+    `idx_path`.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -110,8 +112,9 @@ class IndexedDataset:
         self._pointers = np.frombuffer(idx_map, "<i8", self.num_sequences, self._pointer_offset)
         self._document_offset = self._pointer_offset + 8 * self.num_sequences
         self._documents = np.frombuffer(idx_map, "<i8", self.num_documents + 1, self._document_offset)
+        self._first_byte = 0
         stream_bytes = self._check_pointers()
-        self._one_sequence_each = self._check_documents()
+        self.one_sequence_each = self._check_documents()
         if bin_bytes != stream_bytes:
             raise InputError(
                 f"{self.bin_path}: {bin_bytes} bytes, {self.idx_path.name} describes {stream_bytes}: "
@@ -123,6 +126,17 @@ class IndexedDataset:
 
     def __len__(self) -> int:
         return self.num_documents
+
+    def part(self, first: int, last: int) -> IndexedDataset:
+        """The documents [first, last) as a stream of their own (views of the same files), of one sequence each."""
+        assert self.one_sequence_each and 0 <= first <= last <= self.num_documents, (first, last)
+        start, stop = self._start(first), self._start(last)
+        part = copy(self)
+        part._lengths, part._pointers = self._lengths[first:last], self._pointers[first:last]
+        part._first_byte = self._first_byte + start * self.dtype.itemsize
+        part.num_documents = part.num_sequences = last - first
+        part.tokens, part.num_tokens = self.tokens[start:stop], stop - start
+        return part
 
     def bounds(self, document: int) -> tuple[int, int]:
         """First token of a document and the one after its last, as offsets into the stream."""
@@ -143,11 +157,11 @@ class IndexedDataset:
         assert 0 <= start < stop <= self.num_tokens, (start, stop, self.num_tokens)
         # The last of the documents that start at or before `start` is the one with tokens there: empty ones that start
         # at the same token stand before it.
-        if self._one_sequence_each:
-            itemsize = self.dtype.itemsize
-            first = bisect_right(self._pointers, start * itemsize) - 1
-            last = bisect_left(self._pointers, stop * itemsize, lo=first)
-            starts = self._pointers[first:last] // itemsize
+        if self.one_sequence_each:
+            itemsize, base = self.dtype.itemsize, self._first_byte
+            first = bisect_right(self._pointers, base + start * itemsize) - 1
+            last = bisect_left(self._pointers, base + stop * itemsize, lo=first)
+            starts = (self._pointers[first:last] - base) // itemsize
         else:
             everything = range(self.num_documents)
             first = bisect_right(everything, start, key=self._start) - 1
@@ -161,10 +175,10 @@ class IndexedDataset:
         return numbers, starts
 
     def _start(self, document: int) -> int:
-        sequence = document if self._one_sequence_each else int(self._documents[document])
+        sequence = document if self.one_sequence_each else int(self._documents[document])
         if sequence == self.num_sequences:
             return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
+        return (int(self._pointers[sequence]) - self._first_byte) // self.dtype.itemsize
 
     def _check_pointers(self) -> int:
         """Check lengths and byte offsets; returns the bytes that the .bin must hold."""
