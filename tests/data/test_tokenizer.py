@@ -157,6 +157,9 @@ def test_casefold_folds_compatibility_forms() -> None:
         def piece(self, token: int) -> bytes:
             return self.words[token].encode()
 
+        def token_name(self, token: int) -> str:
+            raise NotImplementedError
+
         def encode_batch(self, texts):  # type: ignore[no-untyped-def]
             raise NotImplementedError
 
