@@ -38,7 +38,7 @@ types: $(VENV)/.installed-dev ## Check type hints
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev ## Run every benchmark that needs no GPU (ARGS="--save" keeps the tables)
-	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py -e /kernels_gpu.py -e /faults.py); do \
+	@for script in $$(ls benchmarks/*.py | grep -v -e /common.py -e /prepare_pool.py -e _gpu.py -e /faults.py); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 faults: $(VENV)/.installed-dev ## Kill, damage, fill and hang real runs for an hour and see that nothing is lost (ARGS="--kills 10")

@@ -16,7 +16,7 @@ def parse_blend(text: str) -> list[dict[str, Any]] | None:
     ValueError.
     """
     words = text.split()
-    if len(words) < 2 or Path(text).expanduser().exists() or Path(f"{text}.bin").exists():
+    if len(words) < 2 or any(Path(text + end).expanduser().exists() for end in ("", ".bin")):
         return None
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):

@@ -48,6 +48,7 @@ def patch_cross_entropy(
 
     where the first term is the fused loss of rows with weight m, and the second takes K dot products a row instead of
     its V. What each option does to a token it does to every kept target; a row's entropy is that of all its targets.
+    The host reads no count of what is kept. Memory: that of the fused loss, and up to three times the head in fp32.
 
     Args:
         hidden: [..., D], as for linear_cross_entropy.
@@ -90,50 +91,47 @@ def patch_cross_entropy(
         assert stats.entropy is not None
         focus = weight_of_entropy(stats.entropy, *entropy_weight)
         weight_sum = (focus * count).sum()
-    # The pivots take part with the number of targets that they stand for, every target with -1.
-    place = torch.arange(len(targets), device=targets.device)
-    rows, slots = kept.nonzero(as_tuple=True)
-    pairs = torch.cat((place[count > 0], rows)), torch.cat((pivot[count > 0], targets[rows, slots]))
-    plain = torch.cat((count[count > 0].to(dtype), -torch.ones(len(rows), dtype=dtype, device=rows.device)))
+    # The pivot takes part with the number of targets that it stands for, every target with -1. What is left out takes
+    # part with 0, so that nothing waits for the device to count what is kept.
+    ids = torch.cat((pivot[:, None], targets), dim=1)
+    plain = torch.cat((count[:, None].to(dtype), -kept.to(dtype)), dim=1)
+    ids = torch.where(plain != 0, ids, 0)
     factors = plain * (1 - label_smoothing)
     if focus is not None:
-        factors = factors * focus[pairs[0]]
-    difference, logits = _PairLogits.apply(hidden, weight, *pairs, factors)
+        factors = factors * focus[:, None]
+    difference, logits = _PairLogits.apply(hidden, weight, ids, factors)
     cross_entropy = (stats.cross_entropy * count).sum() + (logits * plain).sum()
     return PatchLoss(total + difference, cross_entropy, weight_sum)
 
 
 class _PairLogits(torch.autograd.Function):
-    """sum_i factors_i hidden[rows_i] . weight[ids_i], and these logits (no gradient)."""
+    """The sum over i and j of factors[i, j] hidden[i] . weight[ids[i, j]], and these logits (no gradient)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits = torch.cat(
-            [
-                (hidden[row].to(factors.dtype) * weight[token].to(factors.dtype)).sum(dim=1)
-                for row, token, _ in _chunks(weight, rows, ids, factors)
-            ]
-        )
-        ctx.save_for_backward(hidden, weight, rows, ids, factors)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = factors.dtype
+        parts = _chunks(weight, hidden, ids)
+        logits = torch.cat([(rows[:, None].to(dtype) * weight[some].to(dtype)).sum(dim=2) for rows, some in parts])
+        ctx.save_for_backward(hidden, weight, ids, factors)
         ctx.mark_non_differentiable(logits)
         return (factors * logits).sum(), logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows, ids, factors = ctx.saved_tensors
-        d_hidden = torch.zeros_like(hidden, dtype=factors.dtype)
-        d_weight = torch.zeros_like(weight, dtype=factors.dtype)
-        for row, token, factor in _chunks(weight, rows, ids, factors * upstream):
-            # By way of the embedding's gradient, which sorts on a GPU: index_add_ would add in any order there.
-            for target, source, at, index in ((d_hidden, weight, row, token), (d_weight, hidden, token, row)):
-                moved = source[index].to(factor.dtype) * factor[:, None]
-                target += torch.ops.aten.embedding_dense_backward(moved, at, len(target), -1, False)
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None
+        hidden, weight, ids, factors = ctx.saved_tensors
+        scaled = factors * upstream
+        d_weight = torch.zeros_like(weight, dtype=scaled.dtype)
+        d_hidden = []
+        for rows, some, factor in _chunks(weight, hidden, ids, scaled):
+            d_hidden.append((factor[:, :, None] * weight[some].to(factor.dtype)).sum(dim=1))
+            moved = factor[:, :, None] * rows[:, None].to(factor.dtype)
+            # The embedding's gradient sorts on a GPU: index_add_ would add in any order there.
+            d_weight += torch.ops.aten.embedding_dense_backward(moved, some, len(weight), -1, False)
+        return torch.cat(d_hidden).to(hidden.dtype), d_weight.to(weight.dtype), None, None
 
 
 def _chunks(weight: Tensor, *columns: Tensor) -> list[tuple[Tensor, ...]]:
-    """Columns of pairs in pieces of about as many as the vocabulary has ids."""
-    return list(zip(*(column.split(max(_PAIRS, len(weight))) for column in columns), strict=True))
+    """Rows in pieces with about as many pairs as the vocabulary has ids. columns: the second is ids [n, K]."""
+    rows = max(1, max(_PAIRS, len(weight)) // columns[1].shape[1])
+    return list(zip(*(column.split(rows) for column in columns), strict=True))

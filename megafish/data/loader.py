@@ -51,6 +51,14 @@ class Batch:
     dropped: int
     """Targets left out by the mask."""
 
+    @property
+    def begins(self) -> torch.Tensor:
+        """Place in its row where the document of each input begins (0 for one from before the row), int64 [b, S]."""
+        rows, length = self.tokens.shape
+        bounds = self.cu_seqlens.long()
+        places = bounds[:-1].repeat_interleave(bounds.diff()).view(rows, length)
+        return places - length * torch.arange(rows)[:, None]
+
 
 @dataclass(frozen=True)
 class StepBatch:

@@ -28,17 +28,14 @@ def patch_batch(batch: Batch, size: int) -> Batch:
     has no token.
     cu_seqlens, max_seqlen: in patches.
     """
-    rows, length = batch.tokens.shape
+    length = batch.tokens.shape[1]
     assert length % size == 0, (length, size)
-    starts = batch.cu_seqlens[:-1].long()
-    is_start = torch.zeros(rows * length, dtype=torch.bool).index_fill_(0, starts, True)
-    piece = (is_start.cumsum(0) - 1).view(rows, length)
-    own = piece == piece[:, size - 1 :: size].repeat_interleave(size, dim=1)
+    begins = batch.begins
+    own = begins == begins[:, size - 1 :: size].repeat_interleave(size, dim=1)
 
     # The token after input j is predicted by the patch before its own, if that has a token of the same document: if the
     # document's first token, `begin`, lies before the patch of the token. An IGNORE has its own reasons.
-    begin = starts[piece] - torch.arange(rows)[:, None] * length
-    begin = torch.cat((begin[:, 1:], begin[:, -1:]), dim=1)
+    begin = torch.cat((begins[:, 1:], begins[:, -1:]), dim=1)
     place = torch.arange(1, length + 1)
     reachable = begin < place // size * size
 
@@ -49,7 +46,7 @@ def patch_batch(batch: Batch, size: int) -> Batch:
 
     targets, drop = shifted(batch.targets, IGNORE), shifted(batch.drop, False)
     drop &= targets != IGNORE
-    bounds = torch.cat((torch.unique_consecutive(starts // size), torch.tensor([rows * length // size])))
+    bounds = torch.unique_consecutive(batch.cu_seqlens.long() // size)
     dropped = int(drop.sum())
     return replace(
         batch,

@@ -89,22 +89,26 @@ class LossHead(nn.Module):
             self.weight,
             targets,
             reduction="sum",
-            z_loss=self.loss.z_loss,
-            label_smoothing=self.loss.label_smoothing,
             entropy_weight=self.loss.entropy_weight,
-            vocab_size=self.vocab_size,
-            logits_bytes=self.logits_bytes,
             return_stats="loss",
+            **self._terms,
             **self.parallel,
         )
-        kept = targets != IGNORE
-        if denominator is None:
-            denominator = kept.sum().clamp(min=1)
         weight_sum = None
         if self.loss.entropy_weight is not None:
             assert stats.entropy is not None
-            weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * kept).sum()
-        return LossOutput(total / denominator, stats.cross_entropy.sum(), weight_sum)
+            weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * (targets != IGNORE)).sum()
+        return LossOutput(_mean(total, targets, denominator), stats.cross_entropy.sum(), weight_sum)
+
+    @property
+    def _terms(self) -> dict[str, Any]:
+        """What every loss is made with."""
+        return {
+            "z_loss": self.loss.z_loss,
+            "label_smoothing": self.loss.label_smoothing,
+            "vocab_size": self.vocab_size,
+            "logits_bytes": self.logits_bytes,
+        }
 
     def _corrected(
         self,
@@ -116,25 +120,17 @@ class LossHead(nn.Module):
         """hidden [n, D], targets and contrast.mask [n]. Two heads add up to one over concatenated hidden states."""
         assert not self.parallel
         mask = contrast.mask.flatten()
-        options: dict[str, Any] = {
-            "reduction": "sum",
-            "z_loss": self.loss.z_loss,
-            "label_smoothing": self.loss.label_smoothing,
-            "vocab_size": self.vocab_size,
-            "logits_bytes": self.logits_bytes,
-            "return_stats": "loss",
-        }
+        options: dict[str, Any] = {"reduction": "sum", "return_stats": "loss", **self._terms}
         total, stats = linear_cross_entropy(hidden, self.weight, targets.masked_fill(mask, IGNORE), **options)
         nats = stats.cross_entropy.sum()
         if len(contrast.hidden):
-            rows = mask.nonzero().squeeze(1)
+            # As nonzero(), whose host would wait for the device although the number is known.
+            rows = mask.to(torch.int8).argsort(descending=True, stable=True)[: len(contrast.hidden)]
             both = torch.cat((hidden.index_select(0, rows), contrast.hidden), dim=1)
             heads = torch.cat((self.weight[: self.vocab_size], contrast.weight[: self.vocab_size]), dim=1)
             corrected, stats = linear_cross_entropy(both, heads, targets.index_select(0, rows), **options)
             total, nats = total + corrected, nats + stats.cross_entropy.sum()
-        if denominator is None:
-            denominator = (targets != IGNORE).sum().clamp(min=1)
-        return LossOutput(total / denominator, nats)
+        return LossOutput(_mean(total, targets, denominator), nats)
 
     def _of_patches(
         self, hidden: torch.Tensor, targets: torch.Tensor, denominator: float | torch.Tensor | None
@@ -145,12 +141,12 @@ class LossHead(nn.Module):
             hidden,
             self.weight,
             targets,
-            z_loss=self.loss.z_loss,
-            label_smoothing=self.loss.label_smoothing,
             entropy_weight=self.loss.entropy_weight,
-            vocab_size=self.vocab_size,
-            logits_bytes=self.logits_bytes,
+            **self._terms,
         )
-        if denominator is None:
-            denominator = (targets != IGNORE).sum().clamp(min=1)
-        return LossOutput(total / denominator, cross_entropy, weight_sum)
+        return LossOutput(_mean(total, targets, denominator), cross_entropy, weight_sum)
+
+
+def _mean(total: torch.Tensor, targets: torch.Tensor, denominator: float | torch.Tensor | None) -> torch.Tensor:
+    """A sum over the kept targets / denominator, by default their number."""
+    return total / ((targets != IGNORE).sum().clamp(min=1) if denominator is None else denominator)

@@ -96,21 +96,22 @@ class Premature:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Contrast:
         """The tokens of this process's part of the batch that are to be corrected, and by what."""
-        tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
-        kept = (targets != IGNORE) & ~batch.drop.to(self.device)
-        begins = _begins(batch).to(self.device)
-        right = seen_recently(targets, tokens, begins, self.context)
-        # Where the true token is a repetition, the premature model's choice does not matter.
-        open_rows = self._own(kept & ~right)
-        rows = open_rows.flatten().nonzero().squeeze(1)
+        begins = batch.begins
+        # Where the true token is a repetition, the premature model's choice does not matter. Known before the device
+        # has anything to do with it.
+        right = seen_recently(batch.targets, batch.tokens, begins, self.context)
+        open_rows = self._own((batch.targets != IGNORE) & ~batch.drop & ~right)
+        rows = open_rows.flatten().nonzero().squeeze(1).to(self.device)
+        tokens = batch.tokens.to(self.device)
         # All processes make the call, also one that has no such row.
         asked = rows if len(rows) else rows.new_zeros(1)
         hidden = self.model.hidden_rows(
             self._own(tokens), asked, cu_seqlens=batch.cu_seqlens.to(self.device), max_seqlen=batch.max_seqlen
         )[: len(rows)]
         choice = torch.full_like(tokens, IGNORE)
-        self._own(choice).masked_scatter_(open_rows, self._first_choice(hidden))
-        wrong = self._own(seen_recently(choice, tokens, begins, self.context))
+        self._own(choice).masked_scatter_(open_rows.to(self.device), self._first_choice(hidden))
+        wrong = self._own(seen_recently(choice, tokens, begins.to(self.device), self.context))
+        # How many there are decides the size of what is computed: the one number that the host waits for.
         return Contrast(wrong, hidden[wrong.flatten()[rows]] * self.strength, self.model.head.weight)
 
     def _own(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,11 +125,3 @@ class Premature:
         weight = self.model.head.weight[: self.model.vocab_size]
         rows = max(1, _LOGITS // (len(weight) * weight.element_size()))
         return torch.cat([F.linear(part, weight).argmax(dim=1) for part in hidden.split(rows)] or [hidden.new_empty(0)])
-
-
-def _begins(batch: Batch) -> torch.Tensor:
-    """Place in its row where the document of each input begins, int64 [b, S]."""
-    rows, length = batch.tokens.shape
-    starts = batch.cu_seqlens[:-1].long()
-    counts = batch.cu_seqlens.long().diff()
-    return starts.repeat_interleave(counts).view(rows, length) - torch.arange(rows)[:, None] * length

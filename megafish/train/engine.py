@@ -201,6 +201,22 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+def compiled_operators() -> dict[str, str]:
+    """DeepSpeed's optimizers in compiled form, which megafish does not use: name -> built, buildable or not buildable
+    on this machine. One of which this cannot be told is left out."""
+    _deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    found = {}
+    for name in ("CPUAdamBuilder", "FusedAdamBuilder"):
+        operator = get_accelerator().create_op_builder(name)
+        if operator is not None:
+            built = installed_ops.get(operator.NAME, False)
+            found[operator.NAME] = "built" if built else "buildable" if operator.is_compatible() else "not buildable"
+    return found
+
+
 class Engine:
     """A model in DeepSpeed's hands: `backward` for each micro-batch of a step, then `step`."""
 

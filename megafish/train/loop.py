@@ -97,6 +97,7 @@ def train(
         watchdog.mark("building the model", 0, slow=True)
         resumed = resume and run.latest() is not None
         weights = None if resumed else together(lambda: _initial_weights(config, data))
+        premature = None if config.contrast.premature is None else together(lambda: _premature(config, data))
         with building(config, processes):
             model = Transformer(
                 config.model,
@@ -111,8 +112,6 @@ def train(
         engine = Engine(config, model, processes)
         if number := _asked_to_stop(stop, processes):
             return ended(Spent(), number)
-
-        premature = None if config.contrast.premature is None else together(lambda: _premature(config, data))
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)

@@ -58,8 +58,10 @@ class CanaryProbe:
 def open_probe(data: TrainingData) -> CanaryProbe | None:
     """The probe of a run; None where its corpora have no canaries, or none are asked for."""
     config = data.config
+    if not config.eval.canaries:
+        return None
     canaries = [canary for source in data.corpora.train for canary in read_canaries(source.corpus.path)]
-    if not canaries or not config.eval.canaries:
+    if not canaries:
         return None
     axis = data.processes.mesh.data
     length, rows = config.data.sequence_length, config.train.micro_batch_size

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.checks import check_model
+from tests.gpu.model_checks import check_model
 
 
 @pytest.mark.parametrize(

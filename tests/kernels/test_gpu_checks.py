@@ -16,6 +16,7 @@ from megafish_kernels.cost import Shape
 from megafish_kernels.tiles import LossTiles, Tile, override
 from tests.gpu import checks
 from tests.gpu.checks import FEATURES, ROWS, problem
+from tests.gpu.model_checks import check_model
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_compiled(reduction: str, rows: str, triton_device: torch.device) -> Non
 
 @pytest.mark.parametrize(("packed", "window", "tied"), [(False, None, False), (True, 16, True)])
 def test_model(packed: bool, window: int | None, tied: bool) -> None:
-    checks.check_model(torch.device("cpu"), torch.bfloat16, packed, window, tied)
+    check_model(torch.device("cpu"), torch.bfloat16, packed, window, tied)
 
 
 @pytest.fixture
