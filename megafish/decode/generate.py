@@ -44,7 +44,7 @@ def generate(
         raise InputError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
     if seed < 0:
         raise InputError(f"seed={seed}: must be 0 or above")
-    _check_prompts(prompts, model.vocab_size)
+    check_prompts(prompts, model.vocab_size)
     ending = Ending(tokenizer, stop or ())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[int]] = [[] for _ in prompts]
@@ -108,6 +108,27 @@ class Sampler:
         distribution."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
+        ids, cumulative, last = self._allowed(logits)
+        mass = cumulative.gather(1, last)
+        place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(last)
+        return ids.gather(1, place).squeeze(1)
+
+    def log_probability(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of drawing these tokens: logits fp32 [b, V], targets int64 [b] -> float64 [b] [nats], -inf where cut off."""
+        if self.temperature == 0.0:
+            return torch.where(logits.argmax(-1) == targets, 0.0, -torch.inf).double()
+        ids, _, last = self._allowed(logits)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        at = (ids == targets[:, None]) & (place <= last)
+        # Of the sorted logits rather than as a difference of the cumulative sums, which cancels.
+        scaled = logits.double() / self.temperature
+        kept = torch.where(place <= last, scaled.gather(1, ids), -torch.inf)
+        found = scaled.gather(1, targets[:, None]).squeeze(1) - kept.logsumexp(-1)
+        return torch.where(at.any(-1), found, -torch.inf)
+
+    def _allowed(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids by falling probability [b, n], their cumulative probability float64 [b, n], place of the last one that
+        may be drawn [b, 1])."""
         values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             values, ids = values[:, : self.top_k], ids[:, : self.top_k]
@@ -117,9 +138,7 @@ class Sampler:
             last = (cumulative < self.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
         else:
             last = torch.full_like(ids[:, :1], cumulative.shape[1] - 1)
-        mass = cumulative.gather(1, last)
-        place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(last)
-        return ids.gather(1, place).squeeze(1)
+        return ids, cumulative, last
 
 
 class Ending:
@@ -215,7 +234,8 @@ def generate_batch(
         logits = model(chosen[:, None], cache=cache, last_only=True)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse an empty prompt and ids outside the vocabulary (InputError)."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {i} is empty: give at least one token")

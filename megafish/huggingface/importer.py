@@ -24,6 +24,8 @@ from megafish.huggingface.tokenizer import original_tokenizer
 from megafish.huggingface.weights import from_huggingface
 from megafish.model.flops import padded_vocab_size
 from megafish.model.load import MANIFEST, STATE, WEIGHTS_INDEX, Tensors
+from megafish.model.tensor_file import Entry
+from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json, sha256_file, write_atomic
 
 MOST_PADDING = 1024
@@ -52,20 +54,8 @@ def import_model(
     dtype. Raises InputError for what is missing, damaged or not supported.
     """
     source, target = Path(source), Path(folder).expanduser().absolute()
-    if not source.is_dir():
-        raise InputError(f"{source}: no such folder: name one with config.json, safetensors and a tokenizer")
-    values = read_json(source / "config.json")
-    model = shape_of(values, str(source / "config.json"))
-    tokenizer = load_tokenizer(original_tokenizer(source))
-    assert model.vocab_size is not None
-    rows = model.vocab_size
-    _check_sizes(source, rows, tokenizer)
-    if rows == tokenizer.vocab_size:
-        model = model.model_copy(update={"vocab_size": None})  # which pads it to a round number
-    stored = Tensors(source)
-    dtype = stored.dtype()
-    padded = padded_vocab_size(model, tokenizer.vocab_size)
-    entries = list(from_huggingface(model, rows, padded, stored, dtype))
+    found = describe(source)
+    entries = found.entries
     with appearing(target, sum(entry.bytes for entry in entries)) as beside:
         run = RunDir(beside)
         checkpoint = run.checkpoint(0)
@@ -81,10 +71,55 @@ def import_model(
         write_atomic(run.latest_file, checkpoint.name + "\n")
         name = original_tokenizer(source).name
         shutil.copyfile(source / name, beside / name)
-        length = min(int(values.get("max_position_embeddings", _LENGTH)), _LENGTH)
-        run.save_config(_recipe(target, model, target / name, length, dtype))
+        run.save_config(_recipe(target, found, target / name))
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries)
-    return Imported(RunDir(target), str(values["model_type"]), parameters, rows - tokenizer.vocab_size)
+    return Imported(RunDir(target), found.model_type, parameters, found.padding)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model of Hugging Face's before its weights are read."""
+
+    model_type: str
+    model: ModelConfig
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    entries: list[Entry]
+    """Our tensors, each read when asked for."""
+    padding: int
+    """Rows of the embedding for which the tokenizer has no token."""
+    length: int
+    """Tokens of a sequence that training on from it takes."""
+
+
+def describe(source: Path) -> Described:
+    """What the folder `source` holds. Raises InputError for what is missing, damaged or not supported."""
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder: name one with config.json, safetensors and a tokenizer")
+    values = read_json(source / "config.json")
+    model = shape_of(values, str(source / "config.json"))
+    tokenizer = load_tokenizer(original_tokenizer(source))
+    assert model.vocab_size is not None
+    rows = model.vocab_size
+    _check_sizes(source, rows, tokenizer)
+    if rows == tokenizer.vocab_size:
+        model = model.model_copy(update={"vocab_size": None})  # which pads it to a round number
+    stored = Tensors(source)
+    dtype = stored.dtype()
+    padded = padded_vocab_size(model, tokenizer.vocab_size)
+    entries = list(from_huggingface(model, rows, padded, stored, dtype))
+    length = min(int(values.get("max_position_embeddings", _LENGTH)), _LENGTH)
+    return Described(str(values["model_type"]), model, tokenizer, dtype, entries, rows - tokenizer.vocab_size, length)
+
+
+def load_model(source: str | Path, device: str | torch.device) -> tuple[Transformer, Described]:
+    """The model of a Hugging Face folder in its stored dtype and in evaluation mode, and what the folder says of it."""
+    found = describe(Path(source))
+    with torch.device("meta"):
+        model = Transformer(found.model, found.tokenizer.vocab_size)
+    model.load_state_dict({entry.name: entry.make() for entry in found.entries}, assign=True, strict=False)
+    model.tie()
+    return model.to(device).eval(), found
 
 
 def _check_sizes(source: Path, rows: int, tokenizer: Tokenizer) -> None:
@@ -95,19 +130,19 @@ def _check_sizes(source: Path, rows: int, tokenizer: Tokenizer) -> None:
         )
 
 
-def _recipe(folder: Path, model: ModelConfig, tokenizer: Path, length: int, dtype: torch.dtype) -> Config:
+def _recipe(folder: Path, found: Described, tokenizer: Path) -> Config:
     """What the folder's config.yaml says: the model, and how training goes on from it unless it is told otherwise."""
     return Config.model_validate(
         {
             "name": re.sub(r"[^A-Za-z0-9._-]", "-", folder.name).lstrip("._-") or "imported",
-            "model": model.model_dump(mode="json"),
-            "data": {"tokenizer": str(tokenizer), "sequence_length": length},
+            "model": found.model.model_dump(mode="json"),
+            "data": {"tokenizer": str(tokenizer), "sequence_length": found.length},
             # A tenth of a usual pretraining rate: the weights are trained already.
             "optimizer": {"lr": 3e-5},
             "train": {
                 "initial_weights": str(folder),
                 "tokens": _TOKENS,
-                "precision": "fp32" if dtype == torch.float32 else "bf16",
+                "precision": "fp32" if found.dtype == torch.float32 else "bf16",
             },
         }
     )
