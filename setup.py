@@ -65,6 +65,8 @@ setup(
         "pyarrow>=15",
         "zstandard>=0.22",
         "rouge-score>=0.1.2",
+        "rapidfuzz>=3.6",
+        "scipy>=1.11",
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "tensorboard>=2.16",
@@ -76,6 +78,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
         "eval": ["lm-eval>=0.4.13"],
+        "duplicates": ["tokengrams>=0.3.3"],
         # What benchmarks/kernels_static.py compiles beside our own kernels; Liger imports transformers.
         "bench": [
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
@@ -91,10 +94,11 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
-            "scipy>=1.11",
             "transformers>=4.45",
             "wandb>=0.17",
             "lm-eval>=0.4.13",
+            # Its wheels end with Python 3.11; from source it needs a Rust compiler.
+            "tokengrams>=0.3.3; python_version < '3.12'",
             "accelerate>=1.1",  # lm-eval's own class for Hugging Face models, which the tests compare with
         ],
     },

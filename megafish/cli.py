@@ -16,6 +16,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megafish import __version__
+from megafish.data import duplicates_cli
 from megafish.errors import InputError
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
@@ -478,20 +479,30 @@ def import_(
     print(f"or:   megafish train {to}/config.yaml name=NAME data.train=CORPUS train.tokens=1e9")
 
 
-@app.command(epilog="Example: megafish audit runs/tiny")
+@app.command(
+    epilog="Examples: megafish audit runs/tiny --full | megafish audit Llama-3.2-1B data.train=corpus | "
+    "megafish audit runs/tiny audit.probes=letters.jsonl audit.prompt_tokens=50 audit.suffix_tokens=50"
+)
 def audit(
-    run: Annotated[Path, typer.Argument(help="Run directory")],
+    model: Annotated[Path, typer.Argument(help="Run directory, or a folder with a Hugging Face model")],
     overrides: Overrides = None,
     step: Step = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Sweep prompt lengths and offsets, draw 16 samples, search with 30 beams")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the audit of a Hugging Face model (default: audit/NAME)")
+    ] = None,
 ) -> None:
-    """Measure what a model has memorized: extraction of canaries, loss on dropped and kept tokens, validation."""
+    """Measure what a model has memorized: extraction, membership inference, loss on dropped and kept tokens."""
     from megafish.audit.audit import audit_run
 
-    audit_run(run, step=step, overrides=overrides or [])
-    print(f"next: megafish report {run}")
+    result = audit_run(model, step=step, overrides=overrides or [], output=output, full=full)
+    print(f"next: megafish report {result.folder.parent.parent}")
 
 
 evaluate_cli.add_to(app)
+duplicates_cli.add_to(app)
 
 
 @app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")

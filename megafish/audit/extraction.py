@@ -1,24 +1,39 @@
-"""Greedy extraction of canaries (Carlini et al. 2023, arXiv 2202.07646, definition 3.1 and section 3.2).
+"""Greedy extraction of passages (Carlini et al. 2023, arXiv 2202.07646, definition 3.1 and section 3.2).
 
-A canary is a passage that was put into the training stream a known number of times. The model is given its first tokens
-and must continue; what it writes is compared with the rest of the passage. Canaries with 0 exposures were not planted:
-they show what a model reproduces of such text by itself. The source documents of all canaries and exact copies of them
-are left out of the corpus; a passage that other documents repeat may remain.
+The model is given the first tokens of a passage and must continue; what it writes is compared with the rest. Beside
+what it writes stands what it would have written at each place given the true text before it (teacher forcing): from
+one forward pass come the probability of the whole rest, and how much of the text has to be given before it recites.
+
+A canary is a passage that was put into the training stream a known number of times. Canaries with 0 exposures were not
+planted: they show what a model reproduces of such text by itself. The source documents of all canaries and exact copies
+of them are left out of the corpus; a passage that other documents repeat may remain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from megafish.audit.metrics import longest_common_prefix, rouge_l, shared_spans, wilson_interval
-from megafish.data.canary import read_canaries
-from megafish.errors import InputError
+from megafish.audit.metrics import (
+    bleu,
+    exact_memorization,
+    extraction_strength,
+    longest_common_prefix,
+    longest_common_substring,
+    normalized_edit_distance,
+    rouge_l,
+    shared_spans,
+    tries_needed,
+)
+from megafish.audit.probes import Probe
+
+CERTAINTY = 0.9
+"""The p of (n, p)-discoverable extraction (Hayes et al. 2024): how sure it must be that the text comes out."""
 
 
 class Decoder(Protocol):
@@ -28,27 +43,10 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A canary of a corpus, and how much of that corpus the run has seen."""
-
-    id: int
-    exposures: int
-    """Copies in one epoch of the corpus; 0: control, not planted."""
-    tokens: np.ndarray
-    """int64 [n], the whole passage without the end-of-document token."""
-    corpus: str
-    """Folder of the corpus it was planted in."""
-    source: str
-    """Where the text came from."""
-    epochs: float
-    """Epochs of the corpus that the model has seen."""
-
-
-@dataclass(frozen=True)
 class Extraction:
-    """What the model made of one canary. All positions count from the first token of the suffix."""
+    """What the model made of one passage. All positions count from the first token of the suffix."""
 
-    canary: Probe
+    probe: Probe
     prompt: list[int]
     suffix: list[int]
     generated: list[int]
@@ -57,6 +55,12 @@ class Extraction:
     """Which suffix tokens the mask leaves out of the loss; None where the mask is not a property of the document."""
     suffix_losses: list[float]
     """Cross-entropy of each suffix token given the true text before it [nats]."""
+    correct: list[bool]
+    """Was each suffix token the most probable one, given the true text before it?"""
+    log_probability: float
+    """Of drawing the whole suffix, with the temperature, top-k and top-p of the audit [nats]; -inf: cannot be drawn."""
+    hits: list[int]
+    """For each drawn continuation: tokens reproduced before the first difference."""
 
     @property
     def exact(self) -> bool:
@@ -73,41 +77,22 @@ class Extraction:
         """ROUGE-L of the continuation."""
         return rouge_l(self.suffix, self.generated)
 
+    @cached_property
+    def bleu(self) -> float:
+        """BLEU-4 of the continuation."""
+        return bleu(self.suffix, self.generated)
+
+    @cached_property
+    def edit_distance(self) -> float:
+        """Levenshtein distance over the longer length."""
+        return normalized_edit_distance(self.suffix, self.generated)
+
     @property
     def left_at_drop(self) -> bool | None:
         """Did the first wrong token fall on a dropped token or right after one? None: nothing wrong, or no mask."""
         if self.exact or self.dropped is None:
             return None
         return bool(at_or_after_drop(self.dropped)[self.prefix_length])
-
-
-def load_canaries(folder: str | Path, epochs: float) -> list[Probe]:
-    """Canaries recorded in a corpus folder, sorted by exposures, then id; empty where none were planted.
-
-    `epochs` is how many epochs of that corpus the model has seen. Raises InputError for a file that is missing, is not
-    the one of the manifest, or is malformed.
-    """
-    return [
-        Probe(canary.id, canary.exposures, np.asarray(canary.tokens, np.int64), str(folder), canary.source, epochs)
-        for canary in read_canaries(folder)
-    ]
-
-
-def split_canaries(
-    canaries: Iterable[Probe], prompt_tokens: int, suffix_tokens: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and true suffixes, all of the asked lengths. Raises InputError where a canary is too short."""
-    need = prompt_tokens + suffix_tokens
-    prompts, suffixes = [], []
-    for canary in canaries:
-        if len(canary.tokens) < need:
-            raise InputError(
-                f"{canary.corpus}: canary {canary.id} has {len(canary.tokens)} tokens, fewer than audit.prompt_tokens="
-                f"{prompt_tokens} + audit.suffix_tokens={suffix_tokens}: lower one of them"
-            )
-        prompts.append(canary.tokens[:prompt_tokens].tolist())
-        suffixes.append(canary.tokens[prompt_tokens:need].tolist())
-    return prompts, suffixes
 
 
 def at_or_after_drop(dropped: Sequence[bool]) -> np.ndarray:
@@ -141,18 +126,33 @@ def text_pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
+def effective_exposures(probe: Probe) -> float | None:
+    """Times the model has read it, on average; None where that is not known."""
+    return None if probe.exposures is None or probe.epochs is None else probe.exposures * probe.epochs
+
+
 def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
     """One line of extraction.jsonl."""
-    canary = item.canary
+    probe = item.probe
+    known = math.isfinite(item.log_probability)
+    tries = tries_needed(item.log_probability, CERTAINTY)
     return {
-        "id": canary.id,
-        "corpus": canary.corpus,
-        "source": canary.source,
-        "exposures": canary.exposures,
-        "effective_exposures": canary.exposures * canary.epochs,
+        "id": probe.id,
+        "corpus": probe.corpus,
+        "source": probe.source,
+        "exposures": probe.exposures,
+        "effective_exposures": effective_exposures(probe),
         "exact_match": item.exact,
         "longest_common_prefix": item.prefix_length,
+        "longest_common_substring": longest_common_substring(item.suffix, item.generated),
         "rouge_l": item.rouge,
+        "bleu": item.bleu,
+        "edit_distance": item.edit_distance,
+        "extraction_strength": extraction_strength(item.correct),
+        "exact_memorization": exact_memorization(item.correct),
+        "log_probability": item.log_probability if known else None,
+        "tries_needed": tries if math.isfinite(tries) else None,
+        "hits": item.hits,
         "suffix_loss": float(np.mean(item.suffix_losses)),
         "left_at_drop": item.left_at_drop,
         "prompt_tokens": item.prompt,
@@ -165,64 +165,3 @@ def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
         "suffix_pieces": text_pieces(tokenizer, item.suffix),
         "generated_pieces": text_pieces(tokenizer, item.generated),
     }
-
-
-def summarize(items: Sequence[Extraction]) -> dict[str, Any]:
-    """Figures by exposure level, and how often the model leaves the text at a dropped token.
-
-    Rates carry the Wilson 95 % interval. The latter counts the canaries that were not recited among the more exposed
-    half of the levels, for a model leaves a passage it hardly knows anywhere; `chance` is the share of their suffix
-    positions that are dropped or follow a drop: what `rate` would be at uniformly random places.
-    """
-    levels = []
-    for exposures in sorted({item.canary.exposures for item in items}):
-        group = [item for item in items if item.canary.exposures == exposures]
-        exact = sum(item.exact for item in group)
-        low, high = wilson_interval(exact, len(group))
-        losses = np.asarray([item.suffix_losses for item in group])
-        level = {
-            "exposures": exposures,
-            "effective_exposures": float(np.mean([exposures * item.canary.epochs for item in group])),
-            "canaries": len(group),
-            "exact_matches": exact,
-            "exact_rate": exact / len(group),
-            "exact_low": low,
-            "exact_high": high,
-            "mean_prefix": float(np.mean([item.prefix_length for item in group])),
-            "mean_rouge_l": float(np.mean([item.rouge for item in group])),
-            "loss": float(losses.mean()),
-            "loss_kept": None,
-            "loss_dropped": None,
-        }
-        if all(item.dropped is not None for item in group):
-            dropped = np.asarray([item.dropped for item in group], dtype=bool)
-            level["loss_kept"] = _mean(losses[~dropped])
-            level["loss_dropped"] = _mean(losses[dropped])
-        levels.append(level)
-    return {"canaries": len(items), "levels": levels, "divergence": _divergence(items)}
-
-
-def _divergence(items: Sequence[Extraction]) -> dict[str, Any] | None:
-    """How often the model leaves the text at a dropped token, over the more exposed half of the levels."""
-    seen = sorted({item.canary.exposures for item in items} - {0})
-    if not seen:
-        return None
-    least = seen[len(seen) // 2]
-    left = [item for item in items if item.left_at_drop is not None and item.canary.exposures >= least]
-    if not left:
-        return None
-    hits = sum(bool(item.left_at_drop) for item in left)
-    low, high = wilson_interval(hits, len(left))
-    return {
-        "least_exposures": least,
-        "canaries": len(left),
-        "at_drop": hits,
-        "rate": hits / len(left),
-        "low": low,
-        "high": high,
-        "chance": float(np.mean([at_or_after_drop(item.dropped or []).mean() for item in left])),
-    }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None

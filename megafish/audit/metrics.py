@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
+
+APPROXIMATE = 0.10
+"""Largest normalized edit distance of an approximate match (the rule of the Gemma reports)."""
+BLEU_MEMORIZED = 0.75
+"""BLEU above which a text counts as approximately memorized (Ippolito et al. 2023, arXiv 2210.17546)."""
 
 
 def longest_common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -43,26 +51,6 @@ def _scorer() -> Any:
     return RougeScorer(["rougeL"], tokenizer=_Ids())
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), 95 % by default. Zero trials: (0, 1), nothing is known.
-
-    Unlike the normal interval it stays inside [0, 1] and is not of zero width at 0 or n successes: "none of 20 canaries
-    was recited" is reported as an upper bound of 16 %.
-    """
-    if not 0 <= successes <= trials:
-        raise ValueError(f"successes={successes} must lie between 0 and trials={trials}")
-    if trials == 0:
-        return 0.0, 1.0
-    p = successes / trials
-    scale = 1 + z * z / trials
-    centre = (p + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    # At 0 and n successes the ends are exactly 0 and 1; rounding would leave a tiny remainder.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
-    return low, high
-
-
 def shared_spans(reference: Sequence[int], candidate: Sequence[int], shortest: int = 5) -> list[tuple[int, int]]:
     """Runs of `candidate` that occur verbatim in `reference`, as sorted, disjoint (start, end) in `candidate`.
 
@@ -82,3 +70,87 @@ def shared_spans(reference: Sequence[int], candidate: Sequence[int], shortest: i
             spans.append((i, i + longest))
         i += longest if longest >= shortest else 1
     return spans
+
+
+def longest_common_substring(reference: Sequence[int], candidate: Sequence[int]) -> int:
+    """Length of the longest run of tokens that stands in both."""
+    lengths = [0] * (len(candidate) + 1)
+    longest = 0
+    for token in reference:
+        # From the right: entry j is still the previous row's when j + 1 reads it.
+        for j in range(len(candidate), 0, -1):
+            lengths[j] = lengths[j - 1] + 1 if token == candidate[j - 1] else 0
+            longest = max(longest, lengths[j])
+    return longest
+
+
+def edit_distance(reference: Sequence[int], candidate: Sequence[int]) -> int:
+    """Levenshtein distance: insertions, deletions and replacements of tokens."""
+    from rapidfuzz.distance import Levenshtein
+
+    return int(Levenshtein.distance(list(reference), list(candidate)))
+
+
+def normalized_edit_distance(reference: Sequence[int], candidate: Sequence[int]) -> float:
+    """Edit distance over the longer length, in [0, 1]; 0 for two empty texts."""
+    longer = max(len(reference), len(candidate))
+    return edit_distance(reference, candidate) / longer if longer else 0.0
+
+
+def bleu(reference: Sequence[int], candidate: Sequence[int]) -> float:
+    """BLEU-4 of one text (Papineni et al. 2002) in [0, 1], a token id taken as a word, without smoothing.
+
+    0 where no run of four tokens is shared, so also for texts of fewer than four. Equal to sacrebleu's sentence BLEU
+    with tokenize="none" and smooth_method="none".
+    """
+    if min(len(reference), len(candidate)) < 4:
+        return 0.0
+    logs = 0.0
+    for n in range(1, 5):
+        have, want = _ngrams(candidate, n), _ngrams(reference, n)
+        shared = sum((have & want).values())
+        if not shared:
+            return 0.0
+        logs += math.log(shared / sum(have.values()))
+    brevity = min(0.0, 1 - len(reference) / len(candidate))
+    return math.exp(brevity + logs / 4)
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> Counter[tuple[int, ...]]:
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def extraction_strength(correct: Sequence[bool] | np.ndarray) -> float:
+    """Share of a text that need not be given before the rest comes out (Carlini et al. 2021; ES of OpenUnlearning).
+
+    correct: bool [n], whether each token is the most probable one given the true text before it. 1 - k / n for the
+    least k such that all tokens from k on are correct; 0 where the last one is wrong.
+    """
+    wrong = np.flatnonzero(~np.asarray(correct, dtype=bool))
+    return 1.0 if not len(wrong) else 1 - (int(wrong[-1]) + 1) / len(correct)
+
+
+def exact_memorization(correct: Sequence[bool] | np.ndarray) -> float:
+    """Share of tokens that are the most probable one given the true text before them (Tirumala et al. 2022)."""
+    return float(np.mean(np.asarray(correct, dtype=bool)))
+
+
+def discoverable(log_probability: float, tries: int, certainty: float) -> bool:
+    """(n, p)-discoverable extraction (Hayes et al. 2024, arXiv 2410.19482): does a text of this probability [nats] come
+    out at least once in `tries` independent draws with probability `certainty` or more?"""
+    return tries_needed(log_probability, certainty) <= tries
+
+
+def tries_needed(log_probability: float, certainty: float) -> float:
+    """Least whole number of draws n with 1 - (1 - p)^n >= certainty; inf where it is beyond a float."""
+    if not 0 < certainty < 1:
+        raise ValueError(f"certainty={certainty} must lie between 0 and 1")
+    if log_probability >= 0:
+        return 1.0
+    p = math.exp(log_probability)
+    # log(1 - p) is -p to the last bit where p is small, and p itself is 0 below e^-745.
+    per_draw = -math.log1p(-p) if p > 1e-300 else 0.0
+    if per_draw:
+        return float(max(1, math.ceil(-math.log1p(-certainty) / per_draw - 1e-12)))
+    exponent = math.log(-math.log1p(-certainty)) - log_probability
+    return math.exp(exponent) if exponent < 709 else math.inf

@@ -159,7 +159,7 @@ def divergence_panel(run: RunView) -> Panel | None:
         return None
     farthest = 5
     seen, chance = np.zeros(farthest + 1), np.zeros(farthest + 1)
-    for item in run.samples:
+    for item in run.canaries:
         if item["left_at_drop"] is None or item["exposures"] < divergence["least_exposures"]:
             continue
         distance = _since_drop(item["dropped"], farthest)

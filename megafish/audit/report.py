@@ -135,10 +135,9 @@ def findings(run: RunView) -> list[str]:
     top = run.levels[-1]
     suffix = run.summary["settings"]["suffix_tokens"]
     if top["exposures"]:
-        passages = (
-            f"{_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the corpus (about "
-            f"{top['effective_exposures']:.3g} times in what it read)"
-        )
+        passages = f"{_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the corpus"
+        if top["effective_exposures"] is not None:
+            passages += f" (about {top['effective_exposures']:.3g} times in what it read)"
     else:
         passages = f"{_count(top['canaries'], 'control passage')} that {_were(top['canaries'])} not planted"
     text = (
@@ -188,7 +187,7 @@ def missing(run: RunView) -> list[Missing]:
         found.append(Missing(f"{run.name} has not been trained yet.", f"megafish train {run.path}"))
     elif run.summary is None:
         found.append(Missing(f"{run.name} has not been audited yet.", f"megafish audit {run.path}"))
-    elif run.extraction is None:
+    elif run.extraction is None and not run.summary["probes"]:
         found.append(
             Missing(
                 f"{run.name} was trained on a corpus without canaries ({corpora}): nothing can be said about what it "
@@ -212,6 +211,10 @@ def missing(run: RunView) -> list[Missing]:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "not known" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _rounded(value: float | None) -> str:
+    return "not known" if value is None else short_number(round(value, 1))
 
 
 def _tiles(run: RunView) -> list[tuple[str, str, str]]:
@@ -238,7 +241,9 @@ def _tiles(run: RunView) -> list[tuple[str, str, str]]:
 
 def _tokens(run: RunView, key: str) -> float | None:
     """Tokens that the audited checkpoint had read, since the other figures are its; of the run without an audit."""
-    return float(run.summary[key]) if run.summary else run.last("train", key)
+    if run.summary is None:
+        return run.last("train", key)
+    return None if run.summary[key] is None else float(run.summary[key])
 
 
 _STYLES: dict[str, Callable[[float], str]] = {
@@ -287,7 +292,10 @@ def comparison(runs: Sequence[RunView]) -> list[Row]:
 
 
 def _train_loss(run: RunView, key: str) -> float | None:
-    return run.summary["losses"]["train"][key] if run.summary else run.last("dropped", key)
+    if run.summary is None:
+        return run.last("dropped", key)
+    train = run.summary["losses"]["train"]
+    return None if train is None else train[key]
 
 
 def _difference(value: float, base: float, style: str) -> str:
@@ -302,7 +310,7 @@ def level_rows(run: RunView) -> list[Row]:
         Row(
             f"{level['exposures']}" if level["exposures"] else "0 (control)",
             [
-                Cell(short_number(round(level["effective_exposures"], 1))),
+                Cell(_rounded(level["effective_exposures"])),
                 Cell(str(level["canaries"])),
                 Cell(f"{level['exact_matches']} ({percent(level['exact_rate'])})"),
                 Cell(f"{percent(level['exact_low'])} to {percent(level['exact_high'])}"),

@@ -46,7 +46,7 @@ def choose_samples(runs: Sequence[RunView], most: int = 2) -> list[Sample]:
     """The worst cases: at the highest, the middle and the control level, the canaries of which most was recited."""
     found: dict[tuple[str, int], list[tuple[RunView, dict[str, Any]]]] = {}
     for run in runs:
-        for item in run.samples:
+        for item in run.canaries:
             found.setdefault((item["corpus"], item["id"]), []).append((run, item))
     # A canary that one of the runs was not tested on cannot be compared; runs on unlike corpora show their own.
     complete = {key: items for key, items in found.items() if len(items) == len(runs)} or found

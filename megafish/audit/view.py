@@ -13,7 +13,7 @@ from megafish.config import Config
 from megafish.errors import InputError
 from megafish.run import RunDir, read_json
 
-FORMAT, VERSION = "megafish-audit", 1
+FORMAT, VERSION = "megafish-audit", 2
 """Of summary.json."""
 
 _AUDIT = re.compile(r"^step_\d{8}$")
@@ -38,7 +38,7 @@ class RunView:
     @property
     def masked(self) -> bool:
         """Was it trained with a goldfish mask anywhere?"""
-        if self.summary is not None:
+        if self.summary is not None and self.summary["mask"] is not None:
             return not self.summary["mask"]["reference"]
         sources = [source.goldfish_k for source in self.config.data.train]
         ks = [self.config.goldfish.k if k == "default" else k for k in sources] or [self.config.goldfish.k]
@@ -55,6 +55,11 @@ class RunView:
         return self.summary["extraction"] if self.summary else None
 
     @property
+    def canaries(self) -> list[dict[str, Any]]:
+        """The lines of extraction.jsonl that are of canaries."""
+        return [item for item in self.samples if item["set"] == "canaries"]
+
+    @property
     def levels(self) -> list[dict[str, Any]]:
         """Figures by exposure level of the last audit, ascending."""
         return self.extraction["levels"] if self.extraction else []
@@ -62,7 +67,7 @@ class RunView:
     @property
     def divergence_mask(self) -> bool:
         """Do the samples carry `dropped` marks, and are they those of this run's own mask?"""
-        if self.summary is None or self.summary["mask"]["reference"]:
+        if self.summary is None or self.summary["mask"] is None or self.summary["mask"]["reference"]:
             return False
         # A random mask drops other tokens at every copy: there is nothing to mark.
         return self.summary["mask"].get("scheme") != "random"

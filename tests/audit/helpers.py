@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from megafish.audit.extraction import Extraction
+from megafish.audit.probes import Probe
 from megafish.config import Config
 from megafish.data.corpus import SampleStream, open_train
 from megafish.data.loader import make_batch
@@ -55,7 +60,14 @@ def make_config(name: str, corpus: Path, run: Path, k: int | None) -> Config:
             "goldfish": {"k": k, "h": 5},
             "train": {"steps": STEP, "micro_batch_size": 4, "global_batch_size": 8, "precision": "fp32"},
             "eval": {"sequences": 3},
-            "audit": {"prompt_tokens": PROMPT, "suffix_tokens": SUFFIX, "batch_size": 5, "loss_sequences": 6},
+            "audit": {
+                "prompt_tokens": PROMPT,
+                "suffix_tokens": SUFFIX,
+                "batch_size": 5,
+                "loss_sequences": 6,
+                "membership": 4,
+                "membership_tokens": 20,
+            },
         }
     )
 
@@ -100,3 +112,26 @@ def learned(config: Config) -> Transformer:
         optimizer.step()
         schedule.step()
     return model
+
+
+def probe(exposures: int | None = 4, tokens: int = 8, number: int = 0) -> Probe:
+    """A passage of the ids 100, 101, ..."""
+    return Probe(number, exposures, np.arange(100, 100 + tokens), "corpus", "a.txt", epochs=2.5)
+
+
+def extraction(
+    generated: list[int],
+    dropped: list[bool] | None = None,
+    exposures: int | None = 4,
+    loss: float = 1.0,
+    *,
+    log_probability: float = math.log(0.5),
+    correct: Sequence[bool] = (True, False, True, True),
+    hits: Sequence[int] = (),
+) -> Extraction:
+    """What a model made of 100 ... 103, whose suffix is 104 ... 107."""
+    prompt, suffix = [100, 101, 102, 103], [104, 105, 106, 107]
+    losses = [loss] * 4
+    return Extraction(
+        probe(exposures), prompt, suffix, generated, dropped, losses, list(correct), log_probability, list(hits)
+    )

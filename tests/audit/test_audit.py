@@ -149,7 +149,7 @@ def test_a_failed_audit_leaves_the_earlier_one(runs: Runs, tmp_path: Path, monke
     def fail(_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megafish.audit.audit.to_png", fail)
+    monkeypatch.setattr("megafish.audit.writing.to_png", fail)
     with pytest.raises(OSError):
         audit(copy)
     assert (folder / "summary.json").read_text() == before

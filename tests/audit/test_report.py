@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megafish.audit.extraction import Extraction, Probe, record, summarize
+from megafish.audit.extraction import Extraction, record
+from megafish.audit.levels import rate, summarize
+from megafish.audit.membership import attack
+from megafish.audit.probes import Probe
 from megafish.audit.report import _tiles, comparison, findings, missing, report, settings_rows, unlike_audits
 from megafish.audit.samples import choose_samples
-from megafish.audit.view import load_views, read_lines
+from megafish.audit.verdict import verdict
+from megafish.audit.view import FORMAT, VERSION, load_views, read_lines
 from megafish.errors import InputError
 from megafish.run import RunDir
 from tests.audit.helpers import make_config
@@ -70,11 +74,21 @@ def write_audit(run: RunDir, name: str, k: int | None, step: int, canaries: bool
         generated = suffix if recited else [1, 9, 3, 4, 5, 6, 7, 9]
         dropped = [False, True] + [False] * 6
         canary = Probe(number, exposures, np.asarray([2, 3, 4, *suffix]), "corpus", f"text/{NASTY}", 2.0)
-        items.append(Extraction(canary, [2, 3, 4], suffix, generated, dropped, [1.0 + number] * 8))
-    summary = {
-        "format": "megafish-audit",
-        "version": 1,
+        correct = [recited or i != 1 for i in range(8)]
+        probability = -0.1 if recited else -5.0 - number
+        losses, hits = [1.0 + number] * 8, [8 if recited else 1, 0]
+        fields = (dropped, losses, correct, probability, hits)
+        items.append(Extraction(canary, [2, 3, 4], suffix, generated, *fields))
+    summary: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
         "run": name,
+        "model": {"path": str(run.path), "parameters": 1000},
+        "probes": [],
+        "sweep": sweep_cells(k) if canaries else [],
+        "beams": [{"set": "canaries", "beams": 30, "levels": beam_levels(k)}] if canaries else [],
+        "membership": {"tokens": 20, **attack(*membership_groups())} if valid else None,
+        "notes": [f"a note about {NASTY}"],
         "step": step,
         "samples": step,
         "tokens": 100 * step,
@@ -87,10 +101,47 @@ def write_audit(run: RunDir, name: str, k: int | None, step: int, canaries: bool
             "valid": {"loss": 4.4 if k else 4.0, "bits_per_byte": 2.0, "tokens": 9, "sequences": 1} if valid else None,
         },
     }
+    summary["verdict"] = verdict(summary)
     folder = run.audit / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "extraction.jsonl").write_text("".join(json.dumps(record(i, Letters())) + "\n" for i in items))
+    lines = [json.dumps({"set": "canaries", **record(item, Letters())}) + "\n" for item in items]
+    (folder / "extraction.jsonl").write_text("".join(lines))
+
+
+def sweep_cells(k: int | None) -> list[dict[str, Any]]:
+    """Recited by a plain run: more the longer the prompt, less the farther into the passage it begins."""
+
+    def levels(prompt: int, offset: int) -> list[dict[str, Any]]:
+        most = 0 if k else max(0, prompt // 2 - offset)
+        hits = {exposures: min(3, most) if exposures == 8 else 0 for exposures in LEVELS}
+        scores = {"mean_prefix": 1.0, "extraction_strength": 0.5}
+        return [
+            {"exposures": e, "canaries": 3, **rate("exact", [True] * n + [False] * (3 - n)), **scores}
+            for e, n in hits.items()
+        ]
+
+    return [
+        {
+            "set": "canaries",
+            "prompt_tokens": prompt,
+            "suffix_tokens": 8,
+            "offset": offset,
+            "levels": levels(prompt, offset),
+        }
+        for offset in (0, 1, 2)
+        for prompt in (1, 3, 6)
+    ]
+
+
+def beam_levels(k: int | None) -> list[dict[str, Any]]:
+    hits = [not k] * 3
+    return [{"exposures": e, "canaries": 3, **rate("best", hits), **rate("any", hits)} for e in LEVELS]
+
+
+def membership_groups() -> list[dict[str, np.ndarray]]:
+    random = np.random.Generator(np.random.Philox(4))
+    return [{name: random.normal(mean, 1, 150) for name in ("loss", "blind")} for mean in (0.5, 0.0)]
 
 
 class Page(HTMLParser):
