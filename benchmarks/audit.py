@@ -1,0 +1,153 @@
+"""Probes per second of an extraction audit beside transformers' generate: the same model, prompts, batches and dtype.
+
+A Llama of random weights is written by transformers and read by megafish. Both continue the same prompts greedily with
+a key/value cache; what they write is compared. "scored" is the answer of one forward pass: whether the true suffix
+would come out word for word, as a sweep of prompt lengths asks it. The ways take turns; figures are medians.
+
+    python benchmarks/audit.py [--probes 128] [--repeats 3] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import save, table
+
+from megafish.audit.scores import token_scores
+from megafish.data.readers import ReadOptions
+from megafish.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megafish.decode.generate import generate
+from megafish.demo import library_files
+from megafish.huggingface.importer import load_model
+
+VOCAB, PROMPT, SUFFIX = 8192, 50, 50
+
+
+class Shape(NamedTuple):
+    """Of a Llama."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SHAPES = {"10M": Shape(8, 256, 4), "50M": Shape(12, 512, 8)}
+
+
+def write_model(folder: Path, shape: Shape, dtype: torch.dtype, tokenizer: Path) -> None:
+    """A Llama with the tokenizer, as transformers writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=shape.width,
+        intermediate_size=shape.width * 11 // 4,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+
+
+def passages(count: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """Beginnings of modules of the standard library [PROMPT + SUFFIX]."""
+    files = library_files(40_000_000, seed=0)
+    texts = (tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")) for file in files)
+    found = [list(ids[: PROMPT + SUFFIX]) for ids in texts if len(ids) >= PROMPT + SUFFIX]
+    return [found[i % len(found)] for i in range(count)]
+
+
+@torch.inference_mode()
+def theirs(model: Any, texts: list[list[int]], batch: int) -> list[list[int]]:
+    """transformers' greedy continuations."""
+    outputs: list[list[int]] = []
+    for start in range(0, len(texts), batch):
+        ids = torch.tensor([text[:PROMPT] for text in texts[start : start + batch]])
+        mask = torch.ones_like(ids)
+        found = model.generate(
+            ids, attention_mask=mask, max_new_tokens=SUFFIX, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        outputs += found[:, PROMPT:].tolist()
+    return outputs
+
+
+def measure(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """(median seconds, result) of each way; they take turns, after one unmeasured turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            results[name] = way()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def main() -> None:
+    """Every shape and dtype, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--probes", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write results/DATE_audit.md")
+    asked = parser.parse_args()
+    from transformers import LlamaForCausalLM
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "tokenizer.model"
+        train_tokenizer(library_files(2_000_000, seed=0), file, VOCAB, options=ReadOptions(text_suffixes=(".py",)))
+        texts = passages(asked.probes, load_tokenizer(file))
+        prompts = [text[:PROMPT] for text in texts]
+        for name, shape in SHAPES.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                folder = Path(temporary) / f"{name}_{dtype}"
+                write_model(folder, shape, dtype, file)
+                hf = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+                own, _ = load_model(folder, "cpu")
+
+                def peer(hf: Any = hf) -> list[list[int]]:
+                    return theirs(hf, texts, asked.batch)
+
+                def ours(own: Any = own) -> list[list[int]]:
+                    return generate(own, None, prompts, max_new_tokens=SUFFIX, batch_size=asked.batch)
+
+                def scored(own: Any = own) -> Any:
+                    return token_scores(own, texts, batch_size=asked.batch)
+
+                seconds, results = measure({"theirs": peer, "ours": ours, "scored": scored}, asked.repeats)
+                equal = sum(a == b for a, b in zip(results["theirs"], results["ours"], strict=True))
+                rate = {way: len(texts) / taken for way, taken in seconds.items()}
+                rows.append(
+                    [
+                        f"{name}, {str(dtype).removeprefix('torch.')}",
+                        f"{rate['theirs']:.1f}",
+                        f"{rate['ours']:.1f}",
+                        f"{rate['ours'] / rate['theirs']:.2f}",
+                        f"{rate['scored']:.1f}",
+                        f"{rate['scored'] / rate['theirs']:.1f}",
+                        f"{equal} of {len(texts)}",
+                    ]
+                )
+                print(table(rows[-1:], HEAD), flush=True)
+    text = f"{PROMPT} tokens given, {SUFFIX} asked for, {asked.probes} probes in batches of {asked.batch}, vocabulary "
+    text += f"{VOCAB}.\n\n{table(rows, HEAD)}"
+    print(text)
+    if asked.save:
+        print(save("audit", text))
+
+
+HEAD = ["model", "transformers [probes/s]", "megafish", "ratio", "scored", "ratio", "equal texts"]
+
+if __name__ == "__main__":
+    main()
