@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megafish import __version__
 from megafish.data import duplicates_cli
+from megafish.decode import cli as decode_cli
 from megafish.errors import InputError
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
@@ -398,6 +399,9 @@ def generate(
         list[str] | None, typer.Option(help="Text that ends a continuation (may be given several times)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+    memfree: Annotated[
+        Path | None, typer.Option(help="Filter of n-grams (megafish filter), none of which is ever completed")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued at one time", min=1)] = 32,
     step: Step = None,
 ) -> None:
@@ -412,9 +416,14 @@ def generate(
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
 
     from megafish.decode.generate import generate_text
+    from megafish.decode.memfree import MemFree
+    from megafish.decode.ngram_filter import NgramFilter
     from megafish.model.load import load_run
 
+    free = None if memfree is None else MemFree(NgramFilter.open(memfree))
     loaded = load_run(run, step=step)
+    if free is not None:
+        free.filter.check_tokenizer(loaded.tokenizer)
     texts = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -426,9 +435,14 @@ def generate(
         stop=stop,
         seed=seed,
         batch_size=batch_size,
+        memfree=free,
     )
     for text, continuation in zip(prompts, texts, strict=True):
         print(text + continuation)
+    if free is not None:
+        print(
+            f"{memfree}: the likeliest token was blocked {free.rejected} times in {free.tokens} tokens", file=sys.stderr
+        )
     print(f"next: megafish audit {run}", file=sys.stderr)
 
 
@@ -503,6 +517,7 @@ def audit(
 
 evaluate_cli.add_to(app)
 duplicates_cli.add_to(app)
+decode_cli.add_to(app)
 
 
 @app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")

@@ -364,9 +364,9 @@ def _drop_numpy(
         draws = np.asarray(nonce).astype(np.uint64)[..., None]
         if draws.ndim > 1 and draws.shape[:-1] != tokens.shape[:-1]:
             raise ValueError(f"nonce: shape {draws.shape[:-1]} must be that of the rows, {tokens.shape[:-1]}")
-        row = _mix_numpy(np.uint64(seed) + np.uint64(GOLDEN) * (draws + np.uint64(1)))
+        row = mix_numpy(np.uint64(seed) + np.uint64(GOLDEN) * (draws + np.uint64(1)))
         index = np.arange(1 - halo, n - halo + 1).astype(np.uint64)
-        drop = _mix_numpy(row + np.uint64(GOLDEN) * index) < _threshold_numpy(ks)
+        drop = mix_numpy(row + np.uint64(GOLDEN) * index) < _threshold_numpy(ks)
         drop = np.array(np.broadcast_to(drop, tokens.shape))
     drop[..., :halo] = False
     if exempt is not None:
@@ -406,7 +406,7 @@ def _rate_numpy(ks: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.
     return np.broadcast_to(np.where(ks == 0, 0.0, 1.0 / np.maximum(ks, 1)).astype(np.float32), shape)
 
 
-def _mix_numpy(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix_numpy(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(MIX_1)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(MIX_2)
     return state ^ (state >> np.uint64(31))

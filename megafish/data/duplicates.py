@@ -24,6 +24,7 @@ from megafish.data.indexed import IndexedDataset
 from megafish.errors import InputError
 from megafish.progress import track
 from megafish.run import read_json, sha256_file, write_atomic
+from megafish_kernels.goldfish import mix_numpy
 
 Ints = npt.NDArray[np.int64]
 
@@ -282,12 +283,8 @@ def _check(described: Path, suffixes: Path, data: IndexedDataset) -> None:
 
 
 def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
-    """Pseudo-random numbers that depend on (seed, value): the finalizer of splitmix64."""
-    with np.errstate(over="ignore"):
-        mixed = values.astype(np.uint64) + np.uint64((seed * 2 + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+    """Pseudo-random numbers that depend on (seed, value)."""
+    return mix_numpy(mix_numpy(values.astype(np.uint64)) + np.uint64(seed % 2**64))
 
 
 def duplicate_bin(count: int) -> int:

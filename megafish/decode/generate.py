@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megafish.data.tokenizer import Tokenizer
+from megafish.decode.memfree import Blocked, MemFree, first_allowed
 from megafish.errors import InputError
 from megafish.model.transformer import KVCache, Transformer
 from megafish.progress import Track, track
@@ -27,6 +28,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = False,
+    memfree: MemFree | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts.
 
@@ -36,7 +38,9 @@ def generate(
     stop string, or after max_new_tokens. What prompt i yields depends on (seed, i) and not on the batch it is in, up
     to rounding in the matrix products.
 
-    tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal.
+    tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal. memfree: a
+    filter of n-grams, none of which is completed: their tokens count as impossible, before top_k and top_p. A
+    continuation also ends where no token is left.
     Raises InputError for an empty prompt, an id outside the vocabulary and values out of range.
     """
     sampler = Sampler(temperature, top_k, top_p)
@@ -51,7 +55,7 @@ def generate(
     with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar)
+            generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar, memfree)
     return results
 
 
@@ -68,6 +72,7 @@ def generate_text(
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = False,
+    memfree: MemFree | None = None,
 ) -> list[str]:
     """`generate` from text to text: what follows each prompt, without the prompt."""
     ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
@@ -83,6 +88,7 @@ def generate_text(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
+        memfree=memfree,
     )
     # Decoded together: a continuation on its own would lose the space before its first word with some tokenizers.
     starts = [len(tokenizer.decode(prompt)) for prompt in ids]
@@ -103,12 +109,21 @@ class Sampler:
             raise InputError(f"top_p={top_p}: must be above 0 and at most 1")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
 
-    def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor, blocked: Blocked | None = None) -> torch.Tensor:
         """logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], by inversion of the cumulative
-        distribution."""
+        distribution. blocked: tells which candidates are impossible; -1 where all are."""
         if self.temperature == 0.0:
-            return logits.argmax(-1)
-        ids, cumulative, last = self._allowed(logits)
+            return logits.argmax(-1) if blocked is None else first_allowed(logits, 1, blocked)[1].squeeze(1)
+        if blocked is not None:
+            # Blocked tokens are put last: what follows never reaches them.
+            values, places = first_allowed(logits, self.top_k or logits.shape[1], blocked)
+            ids, cumulative, last = self._allowed(values)
+            chosen = self._draw(ids, cumulative, last, uniform)
+            return places.gather(1, chosen[:, None]).squeeze(1)
+        return self._draw(*self._allowed(logits), uniform)
+
+    @staticmethod
+    def _draw(ids: torch.Tensor, cumulative: torch.Tensor, last: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         mass = cumulative.gather(1, last)
         place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(last)
         return ids.gather(1, place).squeeze(1)
@@ -192,6 +207,7 @@ def generate_batch(
     seed: int,
     results: list[list[int]],
     bar: Track,
+    memfree: MemFree | None = None,
 ) -> None:
     """Continue the prompts `rows`, which fit one batch, into `results`."""
     weight = model.embedding.weight
@@ -210,10 +226,18 @@ def generate_batch(
     logits = model(tokens.to(device), cache=cache, last_only=True)
     active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
     for count in range(max_new_tokens):
-        chosen = sampler.choose(logits[:, 0, : model.vocab_size], uniform[:, count])
+        scores = logits[:, 0, : model.vocab_size]
+        if memfree is None:
+            chosen = sampler.choose(scores, uniform[:, count])
+        else:
+            chosen = _choose_free(memfree, sampler, scores, uniform[:, count], prompts, results, active)
         kept: list[int] = []
         for row, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
             if index is None:
+                continue
+            if token < 0:  # nothing is allowed to follow
+                active[row] = None
+                bar.advance()
                 continue
             results[index].append(token)
             remaining = ending.cut(prompts[index], results[index])
@@ -232,6 +256,25 @@ def generate_batch(
             cache.select(torch.tensor(kept, device=device))
             active = [active[row] for row in kept]
         logits = model(chosen[:, None], cache=cache, last_only=True)
+
+
+def _choose_free(
+    memfree: MemFree,
+    sampler: Sampler,
+    scores: torch.Tensor,
+    uniform: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    results: Sequence[Sequence[int]],
+    active: Sequence[int | None],
+) -> torch.Tensor:
+    """The next tokens under a filter; rows that are over get any token."""
+    width = memfree.filter.n - 1
+    texts = [[] if i is None else [*prompts[i][-width:], *results[i][-width:]] for i in active]
+    blocked = memfree.blocked(texts)
+    chosen = sampler.choose(scores, uniform, blocked)
+    going = torch.tensor([i is not None for i in active], device=chosen.device)
+    memfree.count(scores, chosen, going, blocked)
+    return torch.where(going, chosen, chosen.clamp(min=0))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

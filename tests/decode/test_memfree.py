@@ -1,0 +1,141 @@
+"""No n-gram of the filter is ever completed, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megafish.config import ModelConfig
+from megafish.decode.build_filter import build_filter
+from megafish.decode.generate import Sampler, generate
+from megafish.decode.memfree import MemFree, first_allowed, logits_processor
+from megafish.decode.ngram_filter import NgramFilter
+from megafish.huggingface.export import export
+from megafish.model.load import load_run
+from megafish.model.transformer import Transformer
+from tests.huggingface.helpers import random_run
+
+VOCAB, N = 12, 3
+PROMPTS = [[1, 2, 3], [5], [7, 8], [4] * 20, [11, 0, 11]]
+
+
+class Pairs:
+    """A filter of given n-grams, without false positives."""
+
+    def __init__(self, ngrams: set[tuple[int, ...]], n: int = N) -> None:
+        self.ngrams, self.n = ngrams, n
+
+    def contains_next(self, context: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        return np.array(
+            [
+                [(*before, candidate) in self.ngrams for candidate in row]
+                for before, row in zip(context.tolist(), candidates.tolist(), strict=True)
+            ]
+        ).reshape(candidates.shape)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48, init_std=0.4)
+    return Transformer(config, VOCAB, seed=1)
+
+
+NGRAMS = st.sets(st.tuples(*[st.integers(0, VOCAB - 1)] * N), max_size=1200)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ngrams=NGRAMS,
+    options=st.sampled_from(
+        [{}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.8, "top_p": 0.7}]
+    ),
+    batch_size=st.sampled_from([1, 2, 5]),
+)
+def test_no_ngram_of_the_filter_is_completed(
+    model: Transformer, ngrams: set[tuple[int, ...]], options: dict[str, Any], batch_size: int
+) -> None:
+    free = MemFree(Pairs(ngrams))  # type: ignore[arg-type]
+    outputs = generate(model, None, PROMPTS, max_new_tokens=12, batch_size=batch_size, memfree=free, **options)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        text = prompt + output
+        ends = range(max(len(prompt), N - 1), len(text))
+        assert not {tuple(text[end - N + 1 : end + 1]) for end in ends} & ngrams
+        if len(output) < 12:
+            # It ended because nothing was allowed to follow.
+            assert all((*text[-N + 1 :], token) in ngrams for token in range(VOCAB))
+    assert free.tokens == sum(map(len, outputs)) + sum(len(output) < 12 for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.3, "top_k": 5, "seed": 4}, {"temperature": 1.0, "top_p": 0.8}]
+)
+def test_an_empty_filter_changes_nothing(model: Transformer, options: dict[str, Any]) -> None:
+    free = MemFree(Pairs(set()))  # type: ignore[arg-type]
+    with_filter = generate(model, None, PROMPTS, max_new_tokens=12, memfree=free, **options)
+    assert with_filter == generate(model, None, PROMPTS, max_new_tokens=12, **options)
+    assert free.rejected == 0
+
+
+def test_greedy_takes_the_likeliest_allowed_token(model: Transformer) -> None:
+    [plain] = generate(model, None, [[1, 2, 3]], max_new_tokens=1)
+    free = MemFree(Pairs({(2, 3, plain[0])}))  # type: ignore[arg-type]
+    [other] = generate(model, None, [[1, 2, 3]], max_new_tokens=1, memfree=free)
+    with torch.no_grad():
+        order = model(torch.tensor([[1, 2, 3]]))[0, -1, :VOCAB].argsort(descending=True).tolist()
+    assert plain == order[:1] and other == order[1:2] and free.rejected == 1
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (4, None), (None, 0.6), (5, 0.6)])
+def test_draws_are_from_what_is_allowed(top_k: int | None, top_p: float | None) -> None:
+    """As if the blocked tokens' logits had been -inf from the start."""
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2)) * 3
+    banned = torch.rand(6, 300, generator=torch.Generator().manual_seed(3)) < 0.4
+    uniform = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    sampler = Sampler(1.2, top_k, top_p)
+    chosen = sampler.choose(logits, uniform, lambda ids: banned.gather(1, ids))
+    assert chosen.tolist() == sampler.choose(logits.masked_fill(banned, -torch.inf), uniform).tolist()
+
+
+def test_candidates_in_order_of_their_logits_and_ids() -> None:
+    """With ties, and where nearly all is blocked."""
+    logits = torch.randint(0, 4, (5, 400), generator=torch.Generator().manual_seed(0)).float()
+    for share in (0.0, 0.5, 0.99, 1.0):
+        banned = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)) < share
+        values, ids = first_allowed(logits, 7, lambda found, banned=banned: banned.gather(1, found))  # type: ignore[misc]
+        for row in range(5):
+            free = [i for i in range(400) if not banned[row, i]]
+            expected = sorted(free, key=lambda i: (-float(logits[row, i]), i))[:7]
+            assert ids[row].tolist() == expected + [-1] * (7 - len(expected))
+            assert values[row, : len(expected)].tolist() == [float(logits[row, i]) for i in expected]
+
+
+def test_a_real_filter_in_transformers_and_here(corpus: Path, tmp_path: Path) -> None:
+    """A model that would write the same token for ever, and a corpus in which that is no news."""
+    transformers = pytest.importorskip("transformers")
+    run = random_run(tmp_path / "run", {}, train=str(corpus))
+    export(run.path, tmp_path / "hf", progress=False)
+    loaded = load_run(run.path, device="cpu")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    build_filter([corpus], tmp_path / "f", n=2, false_positive_rate=0.3, progress=False)
+    found = NgramFilter.open(tmp_path / "f")
+    free = MemFree(found)
+    prompts = [[5, 9, 100], [300, 301, 302]]
+    ours = generate(loaded.model, None, prompts, max_new_tokens=15, memfree=free)
+    assert free.rejected > 0
+    ids = torch.tensor(prompts)
+    for sampled in (False, True):
+        torch.manual_seed(0)
+        theirs = hf.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=sampled, max_new_tokens=15, eos_token_id=None,
+            pad_token_id=0, logits_processor=[logits_processor(found)],
+        )  # fmt: skip
+        pairs = theirs[:, 2:].unfold(1, 2, 1).reshape(-1, 2).numpy()
+        assert not found.contains(pairs).any()
+        if not sampled:
+            assert theirs[:, 3:].tolist() == ours
