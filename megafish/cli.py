@@ -255,7 +255,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, or continue a run. Works under torchrun, the deepspeed launcher and srun."""
-    from megafish.train.guard import EXIT_CORRUPT, EXIT_DIVERGED, StopRequest
+    from megafish.train.guard import EXIT_CORRUPT, EXIT_DIVERGED, EXIT_RECITES, StopRequest
 
     # Before all that is slow, so that a signal is answered in the same way from the first moment on.
     with StopRequest() as stop:
@@ -284,15 +284,17 @@ def train(
             return
 
         from megafish.train.loop import train as run_train
+        from megafish.train.probes import Recites
         from megafish.train.recovery import Diverged
         from megafish.train.replicas import ReplicasDiffer
 
         try:
             outcome = run_train(settings, resume=resume, stop=stop)
-        except (Diverged, ReplicasDiffer) as error:
+        except (Diverged, Recites, ReplicasDiffer) as error:
             if os.environ["RANK"] == "0":
                 print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_CORRUPT if isinstance(error, ReplicasDiffer) else EXIT_DIVERGED) from None
+            codes = {Diverged: EXIT_DIVERGED, Recites: EXIT_RECITES, ReplicasDiffer: EXIT_CORRUPT}
+            raise SystemExit(codes[type(error)]) from None
     if os.environ.get("RANK", "0") == "0":
         where = f"{outcome.run.path}: step {outcome.spent.steps}, {outcome.spent.supervised_tokens:,} supervised tokens"
         if outcome.signal is None:

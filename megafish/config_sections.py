@@ -452,7 +452,13 @@ class EvalConfig(Section):
     dropped_sequences: int = Field(default=8, ge=0)
     """Training sequences on which the loss of dropped and kept tokens is compared at each validation. 0: never."""
     canaries: int = Field(default=8, ge=0)
-    """Canaries of each number of copies whose loss is measured at each validation. 0: none."""
+    """Canaries of each number of copies that are read at each validation: loss, would they be recited? 0: none."""
+    canary_interval: int | None = Field(default=None, ge=1)
+    """Steps between readings of the canaries. null: at each validation."""
+    recited_limit: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the canaries of any number of copies (1 or more) that may be recited. null: no limit."""
+    recited_action: Literal["warn", "stop"] = "stop"
+    """Above that limit: a warning, or the run saves a checkpoint and ends."""
 
 
 class CheckpointConfig(Section):

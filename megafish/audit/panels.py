@@ -205,7 +205,7 @@ def training_panels(runs: Sequence[RunView]) -> list[Panel]:
             settled=True,
         ),
         curves.dropped_panel(),
-        curves.canary_panel(),
+        *curves.canary_panels(),
         curves.panel(
             "grad_norm",
             "Gradient norm",
@@ -290,29 +290,44 @@ class _Curves:
             settled=True,
         )
 
-    def canary_panel(self) -> Panel | None:
-        """Loss of the canaries in the course of training: for one run by their copies, for several of the most."""
-        series = []
-        for run in self.runs:
-            records = run.metrics.get("canaries", [])
-            levels = sorted(int(key[5:]) for key in (records[-1] if records else {}) if key.startswith("loss_"))
-            for copies in levels[-1:] if self.several else levels:
-                label = f"{run.name}, {copies}" if self.several else f"{copies}"
-                line = self.line(run, "canaries", f"loss_{copies}", label, dashed=copies == 0)
-                if line is not None:
-                    series.append(line)
-        if not series:
-            return None
-        return Panel(
+    def canary_panels(self) -> list[Panel]:
+        """Loss and recitation of the canaries in the course of training."""
+        loss = Panel(
             "canary_loss_in_training",
             "Canaries during training, by their copies",
             self.xlabel,
             "nats per token",
-            series,
+            self._by_copies("loss"),
             "Mean loss of planted passages, read and not recited. What is learned by heart goes to 0; passages of 0 "
             "copies were not planted.",
             zero=True,
         )
+        recited = Panel(
+            "recited_in_training",
+            "Recited during training, by their copies",
+            self.xlabel,
+            "canaries [%]",
+            self._by_copies("recited"),
+            "Canaries that greedy decoding would continue word for word.",
+            percent=True,
+            zero=True,
+            top=1.0,
+        )
+        return [panel for panel in (loss, recited) if panel.series]
+
+    def _by_copies(self, figure: str) -> list[Series]:
+        """A figure of the canaries: for one run by their copies, for several of those with the most."""
+        series = []
+        for run in self.runs:
+            records = run.metrics.get("canaries", [])
+            keys = [key for key in (records[-1] if records else {}) if key.startswith(f"{figure}_")]
+            levels = sorted(int(key.removeprefix(f"{figure}_")) for key in keys)
+            for copies in levels[-1:] if self.several else levels:
+                label = f"{run.name}, {copies}" if self.several else f"{copies}"
+                line = self.line(run, "canaries", f"{figure}_{copies}", label, dashed=copies == 0)
+                if line is not None:
+                    series.append(line)
+        return series
 
     def line(
         self, run: RunView, kind: str, key: str, label: str, *, smoothed: bool = False, dashed: bool = False

@@ -26,6 +26,14 @@ class LossOutput(NamedTuple):
     weight_sum: torch.Tensor | None = None
 
 
+class TokenLosses(NamedTuple):
+    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. correct: bool, whether it is the most
+    probable token, or the first of those that share the highest logit; False at ignored ones."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+
+
 class Contrast(NamedTuple):
     """What another model adds to the logits of some tokens."""
 
@@ -58,12 +66,14 @@ class LossHead(nn.Module):
         denominator: float | torch.Tensor | None = None,
         per_token: bool = False,
         contrast: Contrast | None = None,
-    ) -> torch.Tensor | LossOutput:
+        correct: bool = False,
+    ) -> torch.Tensor | LossOutput | TokenLosses:
         """hidden [..., D]; with tensor parallelism this process's [n / T, D], and no logits.
 
         Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
         give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
-        cross-entropy fp32 [...] in nats, 0 at ignored positions. With targets [..., K]: LossOutput over all of them.
+        cross-entropy fp32 [...] in nats, 0 at ignored positions, with `correct` TokenLosses. With targets [..., K]:
+        LossOutput over all of them.
         """
         if targets is None:
             assert not self.parallel
@@ -73,17 +83,20 @@ class LossHead(nn.Module):
         if targets.ndim == hidden.ndim:
             return self._of_patches(hidden, targets, denominator)
         if per_token:
-            per_token_loss = linear_cross_entropy(
+            losses = linear_cross_entropy(
                 hidden,
                 self.weight,
                 targets,
                 reduction="none",
                 vocab_size=self.vocab_size,
                 logits_bytes=self.logits_bytes,
+                return_stats=correct,
                 **self.parallel,
             )
-            assert isinstance(per_token_loss, torch.Tensor)
-            return per_token_loss
+            if isinstance(losses, torch.Tensor):
+                return losses
+            assert losses[1].correct is not None
+            return TokenLosses(losses[0], losses[1].correct)
         total, stats = linear_cross_entropy(
             hidden,
             self.weight,

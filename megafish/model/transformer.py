@@ -19,7 +19,7 @@ from megafish.data.patches import ABSENT
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
-from megafish.model.head import Contrast, LossHead, LossOutput
+from megafish.model.head import Contrast, LossHead, LossOutput, TokenLosses
 from megafish.model.mesh import Axis, Mesh
 from megafish.model.parallel import (
     ColumnParallelLinear,
@@ -350,7 +350,8 @@ class Transformer(nn.Module):
         last_only: bool = False,
         patch: int | None = None,
         contrast: Contrast | None = None,
-    ) -> torch.Tensor | LossOutput:
+        correct: bool = False,
+    ) -> torch.Tensor | LossOutput | TokenLosses:
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
         targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out
@@ -368,7 +369,8 @@ class Transformer(nn.Module):
         in the order of ranks; cu_seqlens and max_seqlen are of the whole rows. Losses and denominator's default are of
         this part. With tensor parallelism b S must be a multiple of its degree. A model on such a mesh gives no logits.
 
-        Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets); without
+        Returns LossOutput; with per_token the plain cross-entropy fp32 [b, S] (nats, 0 at ignored targets), with
+        `correct` too TokenLosses of it and of whether each target is the most probable token, bool [b, S]; without
         targets the logits fp32 [b, S, padded vocabulary] (products in the weights' dtype, cast up), [b, 1, ...] with
         last_only. With a cache the tokens follow what it holds. Raises ValueError for arguments that would have no
         effect together.
@@ -377,6 +379,8 @@ class Transformer(nn.Module):
             raise ValueError("drop, denominator and per_token belong to a loss: give targets")
         if targets is not None and last_only:
             raise ValueError("last_only asks for logits: leave targets out")
+        if correct and not per_token:
+            raise ValueError("correct is told of each token: give per_token")
         if per_token and denominator is not None:
             raise ValueError("per_token losses are not summed: leave denominator out")
         if patch is not None and (targets is None or per_token or cache is not None or self.mesh.tensor.size > 1):
@@ -420,9 +424,11 @@ class Transformer(nn.Module):
         if last_only:
             x = x[torch.arange(len(x), device=x.device), ends][:, None] if cache is not None else x[:, -1:]
         if tensor.size == 1:
-            return self.head(self.norm(x), targets, denominator, per_token, contrast)
+            return self.head(self.norm(x), targets, denominator, per_token, contrast, correct)
         assert targets is not None
-        out = self.head(self.norm(x), targets.flatten(), denominator, per_token)
+        out = self.head(self.norm(x), targets.flatten(), denominator, per_token, correct=correct)
+        if isinstance(out, TokenLosses):
+            return TokenLosses(*(each.view_as(targets) for each in out))
         return out.view_as(targets) if per_token else out
 
     def hidden_rows(

@@ -11,6 +11,8 @@ from types import FrameType
 
 EXIT_DIVERGED = 65
 """Going back to a checkpoint did not help against bad steps (EX_DATAERR of sysexits.h)."""
+EXIT_RECITES = 69
+"""More canaries are recited than eval.recited_limit allows (EX_UNAVAILABLE of sysexits.h)."""
 EXIT_CORRUPT = 74
 """Replicas of the weights differ: a device or its memory is at fault (EX_IOERR of sysexits.h)."""
 EXIT_STALLED = 75

@@ -33,7 +33,7 @@ from megafish.train.data import TrainingData, open_data
 from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
-from megafish.train.probes import canary_loss, open_probe
+from megafish.train.probes import Recites, limit_passed, open_probe, recitation
 from megafish.train.profile import Profiler
 from megafish.train.recovery import (
     Restored,
@@ -135,6 +135,8 @@ def train(
                 tracker.note(f"{len(quarantine)} samples are left out: {run.quarantine_file}")
             if budget.used_up(spent):
                 tracker.note(f"nothing is left to do: train.{budget.unit}={budget.total} is used up; raise it to go on")
+            if probe is not None and probe.note is not None:
+                tracker.note(probe.note)
             if data.valid is None:
                 tracker.note("no validation: the corpora have no validation text of one sample; data.valid names some")
         stack.enter_context(profile)
@@ -143,6 +145,7 @@ def train(
 
         saver = stack.enter_context(Saver(run, engine, config.checkpoint))
         valid_loss = None
+        too_much: str | None = None  # what the run ends for: more canaries are recited than allowed
 
         def cut_short() -> bool:
             """Between the batches of an evaluation: whether to leave it. One small collective."""
@@ -151,12 +154,14 @@ def train(
             owed = owed or _asked_to_stop(stop, processes) != 0
             return owed
 
-        def evaluate() -> None:
+        def evaluate(*, canaries_alone: bool = False) -> None:
             """Validate. What a signal cuts short is not reported; it is owed, and the next resume makes up for it."""
-            nonlocal owed, valid_loss
+            nonlocal owed, valid_loss, too_much
             owed = False
-            results = [validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)]
-            results.append(canary_loss(engine, data, probe, cut_short))
+            results = []
+            if not canaries_alone:
+                results += [validate(engine, data, cut_short), dropped_loss(engine, data, cut_short)]
+            results.append(recitation(engine, data, probe, cut_short))
             for result in results:
                 if result is None or owed:
                     continue
@@ -165,6 +170,11 @@ def train(
                 if tracker is not None:
                     tracker.log({**result, "step": spent.steps})
                     tracker.note(_evaluation_line(result, spent.steps))
+                passed = limit_passed(result, config.eval)
+                if passed is not None and config.eval.recited_action == "stop":
+                    too_much = passed
+                elif passed is not None and tracker is not None:
+                    tracker.note(f"warning: {passed}")
 
         def compare() -> None:
             """End the run where replicas differ."""
@@ -316,6 +326,12 @@ def train(
             valid_loss = None
             if last or _due(spent.steps, config.eval.interval):
                 evaluate()
+            elif _due(spent.steps, config.eval.canary_interval):
+                evaluate(canaries_alone=True)
+            if too_much is not None:
+                save(wait=True)
+                report_checkpoints()
+                raise Recites(f"{run.path}: step {spent.steps}: {too_much}")
 
             # ---- save
             if last or _due(spent.steps, config.checkpoint.interval):
@@ -481,8 +497,9 @@ def _evaluation_line(result: dict[str, Any], step: int) -> str:
     if result["kind"] == "canaries":
         levels = [key.removeprefix("loss_") for key in result if key.startswith("loss_")]
         low, high = levels[0], levels[-1]
+        recited = result.get(f"recited_{high}")
         return (
             f"step {step}: loss on canaries with {high} copies {result[f'loss_{high}']:.4f}, "
-            f"with {low} {result[f'loss_{low}']:.4f}"
+            f"with {low} {result[f'loss_{low}']:.4f}" + (f"; recited {recited:.0%}" if recited is not None else "")
         )
     return f"step {step}: loss on dropped tokens {result['loss_dropped']:.4f}, on kept tokens {result['loss_kept']:.4f}"

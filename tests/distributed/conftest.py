@@ -24,6 +24,7 @@ def settings(corpus: Path) -> list[str]:
         "train.micro_batch_size=2",
         "optimizer.lr=2e-3",
         "eval={interval: 5, sequences: 8, dropped_sequences: 8}",
+        "audit={prompt_tokens: 16, suffix_tokens: 8}",
     ]
 
 

@@ -143,6 +143,12 @@ def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[st
     for ours, theirs in zip(curve["valid"], reference["valid"], strict=True):
         assert ours["valid_tokens"] == theirs["valid_tokens"]
         assert abs(ours["valid_loss"] - theirs["valid_loss"]) < 1e-5 * theirs["valid_loss"], key
+    for ours, theirs in zip(curve["canaries"], reference["canaries"], strict=True):
+        assert ours.keys() == theirs.keys() and "memorized_0" in theirs
+        for name in theirs:
+            # A token that two ids are about equally likely for may count as right in one layout alone.
+            tolerance = 1e-5 * theirs[name] if name.startswith("loss_") else 0.02
+            assert ours[name] == theirs[name] or abs(ours[name] - theirs[name]) < tolerance, (key, name)
     for ours, theirs in zip(curve["dropped"], reference["dropped"], strict=True):
         assert ours["tokens_dropped"] == theirs["tokens_dropped"]
         assert abs(ours["loss_dropped"] - theirs["loss_dropped"]) < 1e-5 * theirs["loss_dropped"], key
