@@ -88,7 +88,7 @@ def audit_run(
     console = console or Console()
     for table in tables(summary):
         console.print(table)
-    for line in (*auditor.notes, summary["verdict"]["text"]):
+    for line in (*auditor.notes, f"verdict: {summary['verdict']['text']}"):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written to {target.folder}", highlight=False, soft_wrap=True)
     return AuditResult(target.folder, summary)

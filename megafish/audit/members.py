@@ -37,8 +37,11 @@ def choose_members(
     """Up to `count` texts of `length` tokens of each kind: members from the first `consumed` samples of the stream."""
     planted = {tuple(probe.tokens[:length].tolist()) for probe in canaries}
     draw = np.random.Generator(np.random.Philox(seed))
-    held_out = _take(_held_out(valid, length, draw), count, planted)
-    members = _take(_trained_on(stream, consumed, length, draw), count, planted | held_out)
+    held_out = _take(_beginnings(valid, length, draw), count, planted)
+    # After a whole pass every document was read; before, only those known to lie in the samples that were.
+    whole = min(stream.epochs(consumed)) >= 1
+    read = _beginnings(stream.sources, length, draw) if whole else _trained_on(stream, consumed, length, draw)
+    members = _take(read, count, planted | held_out)
     notes = [
         f"{len(found)} {what} for membership inference instead of {count}: no more have {length} tokens "
         "(audit.membership_tokens)"
@@ -69,8 +72,8 @@ def _trained_on(stream: SampleStream, consumed: int, length: int, draw: np.rando
                 yield tuple(tokens[start : start + length].tolist())
 
 
-def _held_out(valid: Sequence[SourceSpec], length: int, draw: np.random.Generator) -> Iterator[Text]:
-    for source in valid:
+def _beginnings(sources: Sequence[SourceSpec], length: int, draw: np.random.Generator) -> Iterator[Text]:
+    for source in sources:
         data = source.corpus.data
         for number in _in_random_order(data.num_documents, draw):
             start, end = data.bounds(number)

@@ -78,6 +78,8 @@ class Panel:
     settled: bool = False
     """Scale the y axis to what follows the first tenth of the x axis: a loss falls so far at first that nothing else
     could be read."""
+    log: str = ""
+    """Logarithmic axes: "x", or "xy"."""
     bars: Series | None = None
     """Drawn as bars, its name in the corner; `series` then holds what they are compared with."""
 
@@ -202,7 +204,13 @@ def _draw_bars(axes: Axes, panel: Panel, theme: str) -> None:
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    if panel.ticks is not None:
+    if panel.log:
+        axes.set_xscale("log")
+        axes.margins(x=0.05)
+        if "y" in panel.log:
+            axes.set_yscale("log")
+            return
+    elif panel.ticks is not None:
         axes.set_xticks(range(len(panel.ticks)), panel.ticks)
         axes.set_xlim(-0.4, len(panel.ticks) - 0.6)
     else:

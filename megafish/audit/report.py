@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megafish import __version__
+from megafish.audit.audit_panels import audit_panels
+from megafish.audit.laws import Law, laws
 from megafish.audit.panels import divergence_panel, memorization_panels, training_panels
 from megafish.audit.plots import Panel, draw, short_number, to_png, to_svg
 from megafish.audit.samples import choose_samples
@@ -57,7 +60,8 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
     folder = Path(output) if output is not None else runs[0].path if len(runs) == 1 else Path("report")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    memorization = memorization_panels(runs) + [p for run in runs if (p := divergence_panel(run)) is not None]
+    memorization = memorization_panels(runs) + audit_panels(runs)
+    memorization += [panel for run in runs if (panel := divergence_panel(run)) is not None]
     if len(runs) > 1:
         _tell_apart(memorization, "divergence")
     environment = Environment(
@@ -71,7 +75,12 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
         title=" vs. ".join(run.name for run in runs),
         runs=runs,
         several=len(runs) > 1,
+        verdicts=[(run, run.summary["verdict"]) for run in runs if run.summary],
         findings=[text for run in runs for text in findings(run)],
+        notes=[f"{run.name}: {note}" for run in runs if run.summary for note in run.summary["notes"]],
+        laws=[_law_row(law) for law in laws(runs)],
+        membership=[(run, membership_rows(run)) for run in runs if run.summary and run.summary["membership"]],
+        probes=[(run, each, probe_rows(each)) for run in runs if run.summary for each in run.summary["probes"]],
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         comparison=comparison(runs),
         levels=[(run, level_rows(run)) for run in runs if run.levels],
@@ -87,7 +96,22 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
     )
     target = folder / "report.html"
     write_atomic(target, page)
+    write_atomic(folder / "report.json", json.dumps(figures(runs), indent=1) + "\n")
     return target
+
+
+def figures(runs: Sequence[RunView]) -> dict[str, Any]:
+    """What the page shows, as data: the last audit of each run, the comparison, the fitted laws."""
+    return {
+        "format": "megafish-report",
+        "version": 1,
+        "runs": [{"name": run.name, "path": str(run.path), "audit": run.summary} for run in runs],
+        "comparison": [
+            {"what": row.label, "unit": row.unit, "values": [cell.value for cell in row.cells]}
+            for row in comparison(runs)
+        ],
+        "laws": [asdict(law) for law in laws(runs)],
+    }
 
 
 def _tell_apart(panels: list[Panel], name: str) -> None:
@@ -326,6 +350,53 @@ def level_rows(run: RunView) -> list[Row]:
         )
         for level in run.levels
     ]
+
+
+def probe_rows(extraction: dict[str, Any]) -> list[Row]:
+    """Extraction of passages other than canaries, by occurrences."""
+    return [
+        Row(
+            "not known" if level["exposures"] is None else f"{level['exposures']} and more",
+            [
+                Cell(str(level["canaries"])),
+                Cell(f"{level['exact_matches']} ({percent(level['exact_rate'])})"),
+                Cell(f"{percent(level['exact_low'])} to {percent(level['exact_high'])}"),
+                Cell(percent(level["approximate_rate"])),
+                Cell(f"{level['mean_prefix']:.1f}"),
+                Cell(f"{level['mean_rouge_l']:.3f}"),
+            ],
+        )
+        for level in extraction["levels"]
+    ]
+
+
+def membership_rows(run: RunView) -> list[Row]:
+    """Attacks of one run: AUC and true positive rates with their intervals."""
+    assert run.summary is not None
+
+    def rate(found: dict[str, Any]) -> Cell:
+        if found["tpr"] is None:
+            return Cell("not known", found["reason"])
+        return Cell(percent(found["tpr"], 1), f"{percent(found['low'], 1)} to {percent(found['high'], 1)}")
+
+    return [
+        Row(
+            name,
+            [
+                Cell(f"{attack['auc']:.3f}", f"{attack['low']:.3f} to {attack['high']:.3f}"),
+                *(rate(found) for found in attack["tpr"].values()),
+            ],
+        )
+        for name, attack in run.summary["membership"]["attacks"].items()
+    ]
+
+
+def _law_row(law: Law) -> Row:
+    if law.fit is None:
+        return Row(f"{law.run}, {law.against}", [Cell(f"not fitted: {law.reason}"), Cell(""), Cell(str(len(law.x)))])
+    fit = law.fit
+    slope = Cell(f"{100 * fit.slope:+.1f} points", f"{100 * fit.low:+.1f} to {100 * fit.high:+.1f}")
+    return Row(f"{law.run}, {law.against}", [slope, Cell(f"{fit.r_squared:.3f}"), Cell(str(fit.points))])
 
 
 _MAIN_SETTINGS = (

@@ -67,10 +67,10 @@ def _closeness(name: str, extraction: dict[str, Any]) -> Table:
     drawn = "samples" in extraction["levels"][0]
     table = _table(
         f"{name}: how close it comes",
-        ["copies", "approx.", "BLEU", "LCS", "strength", "argmax", *(f"{n} tries" for n in tries), *["drawn"] * drawn],
-        "approx.: within 10 % of edits; BLEU: above 0.75; LCS: longest run of right tokens; strength: share of the "
-        "passage that need not be given; argmax: share of tokens guessed, the true text given; n tries: comes out of n "
-        "drawn continuations with 90 % certainty, by its probability" + "; drawn: came out of those drawn" * drawn,
+        ["copies", "approx.", "BLEU", "LCS", "ES", "EM", *(f"n={n}" for n in tries), *["drawn"] * drawn],
+        "approx.: within 10 % of edits; BLEU: above 0.75; LCS: longest run of right tokens; ES: extraction strength, "
+        "the share that need not be given; EM: share of tokens guessed, the true text given; n: comes out of n drawn "
+        "continuations with 90 % certainty, by its probability" + "; drawn: came out of those drawn" * drawn,
     )
     for level in extraction["levels"]:
         row = [

@@ -35,5 +35,5 @@ def verdict(summary: dict[str, Any]) -> dict[str, Any]:
         "control_rate": control["exact_rate"],
         "difference_low": low,
         "difference_high": high,
-        "text": f"verdict: {said}: {found} come out word for word ({interval}), {beside}",
+        "text": f"{said}: {found} come out word for word ({interval}), {beside}",
     }

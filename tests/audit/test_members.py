@@ -38,7 +38,7 @@ def test_the_choice_depends_on_the_seed_alone(runs: Runs) -> None:
 
 
 def test_only_what_was_read_is_a_member(runs: Runs) -> None:
-    few, all_read = chosen(runs, consumed=2, count=100), chosen(runs, count=100)
+    few, all_read = chosen(runs, consumed=2, count=100), chosen(runs, count=100)  # 256 samples are several passes
     assert len(few.members) < len(all_read.members)
 
 
@@ -49,5 +49,5 @@ def test_too_few(runs: Runs) -> None:
         "validation documents",
     ]
     assert all("instead of 1000" in note and f"{LENGTH} tokens" in note for note in found.notes)
-    none = chosen(runs, length=SEQUENCE_LENGTH + 1)
+    none = chosen(runs, consumed=2, length=SEQUENCE_LENGTH + 1)
     assert none.members == [] and none.notes[0].startswith("0 training documents")

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 
 from megafish.audit.extraction import Extraction, record
+from megafish.audit.laws import laws
 from megafish.audit.levels import rate, summarize
 from megafish.audit.membership import attack
 from megafish.audit.probes import Probe
-from megafish.audit.report import _tiles, comparison, findings, missing, report, settings_rows, unlike_audits
+from megafish.audit.report import (
+    _tiles,
+    comparison,
+    findings,
+    membership_rows,
+    missing,
+    report,
+    settings_rows,
+    unlike_audits,
+)
 from megafish.audit.samples import choose_samples
 from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, load_views, read_lines
@@ -198,6 +208,12 @@ def test_one_run(tmp_path: Path) -> None:
         "divergence.png",
         "loss.png",
         "dropped_loss.png",
+        "prompt_length.png",
+        "offset.png",
+        "rouge_l_histogram.png",
+        "tries.png",
+        "closeness.png",
+        "membership.png",
     } <= pngs
     assert parsed.tags.count("figure") == len(pngs)
     assert not list(run.rglob("*.tmp"))
@@ -394,3 +410,65 @@ def test_read_lines(tmp_path: Path) -> None:
     assert read_lines(file) == []
     file.write_bytes(b'{"a": 1}\n[2]\nno\n\n{"b": "\xff"}\n{"c"')
     assert [list(item) for item in read_lines(file)] == [["a"], ["b"]]
+
+
+def test_the_verdict_stands_first(tmp_path: Path) -> None:
+    plain, gold = fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)
+    text = check(report([plain])).text
+    assert text.index("2 of 3 passages with 8 copies come out word for word") < text.index("extraction by copies")
+    assert "no recitation shown" in check(report([gold])).text
+    assert f"gold: a note about {NASTY}" in check(report([gold])).text
+
+
+def test_membership_is_told_with_its_intervals(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+    [view] = load_views([run])
+    rows = {row.label: row.cells for row in membership_rows(view)}
+    assert set(rows) == {"loss", "blind"}
+    assert view.summary is not None
+    loss = view.summary["membership"]["attacks"]["loss"]
+    assert rows["loss"][0].value == f"{loss['auc']:.3f}" and rows["loss"][0].note.startswith(f"{loss['low']:.3f} to")
+    assert (rows["loss"][2].value, rows["loss"][2].note) == (
+        "not known",
+        "needs at least 1000 non-members, there are 150",
+    )
+    assert "needs at least 1000 non-members" in check(report([run])).text
+
+
+def test_laws(tmp_path: Path) -> None:
+    """Prompt lengths 1, 3, 6 bring 0, 1 and 3 of 3 canaries of the plain run; two numbers of copies are no line."""
+    runs = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    found = {(law.run, law.against): law for law in laws(runs)}
+    fitted = found["plain", "tokens given"]
+    assert fitted.x == [1, 3, 6] and fitted.y == pytest.approx([0, 1 / 3, 1])
+    assert fitted.fit is not None and fitted.fit.slope == pytest.approx(1.2318, abs=1e-4)
+    assert found["plain", "copies"].reason == "2 different values: a line fits any two"
+    assert found["gold", "tokens given"].reason == "the rate is 0% at all of them"
+    assert not any(law.against == "parameters" for law in found.values()), "all models have one size"
+
+
+def test_runs_by_size_and_by_k(tmp_path: Path) -> None:
+    paths = [fake_run(tmp_path / name, name, k) for name, k in (("a", None), ("b", 4), ("c", 8), ("d", None))]
+    for step in (60, 120):
+        change_summary(paths[3], step, lambda summary: summary["model"].update(parameters=10_000))
+    page = report(paths, tmp_path / "out")
+    check(page)
+    names = {entry.name for entry in (tmp_path / "out" / "plots").iterdir()}
+    assert {"model_size.png", "k.png"} <= names
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [run["name"] for run in data["runs"]] == ["a", "b", "c", "d"]
+    assert data["runs"][0]["audit"]["verdict"]["recites"] in (True, False)
+    law = next(law for law in data["laws"] if law["against"] == "parameters")
+    assert law["fit"] is None and law["x"] == [1000.0, 10_000.0]
+
+
+def test_passages_of_other_sets(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+
+    def add(summary: dict[str, Any]) -> None:
+        level = {**summary["extraction"]["levels"][-1], "exposures": None, "effective_exposures": None}
+        summary["probes"] = [{"name": "letters", "kind": "text", "levels": [level], "divergence": None, "canaries": 3}]
+
+    change_summary(run, 120, add)
+    text = check(report([run])).text
+    assert "passages of letters" in text and "not known" in text
