@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/DATE_mask_statistics.md and the plot")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = IndexedDataset((asked.corpus or make_corpus(Path(folder))) / "train")
+        data = IndexedDataset((asked.corpus or make_corpus(Path(folder), 8192)) / "train")
         documents = [np.asarray(data.document(number)).astype(np.int64) for number in range(len(data))]
     found, (by_document, deviations), alike = gaps(documents), rates(documents), agreement(documents)
     tokens = sum(map(len, documents))

@@ -70,7 +70,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = make_corpus(folder)
+        corpus = make_corpus(folder, 8192)
         run = train_premature(folder, corpus, shape, asked.premature_steps)
         for precision in DTYPES:
             rows += measure(run, precision, asked.steps)

@@ -1,0 +1,170 @@
+"""Corpora, runs and audits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megafish.data.canary import CanaryConfig
+from megafish.data.prepare import prepare
+from megafish.data.readers import ReadOptions
+from megafish.data.tokenizer import train_tokenizer
+from megafish.demo import library_files
+from megafish.run import read_json
+
+TEXT_BYTES, VOCAB = 1_650_000, 2048
+EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+COUNT, TOKENS, PROMPT, SUFFIX = 8, 80, 40, 40
+"""Canaries of each number of copies, and their tokens."""
+STYLES: dict[str, Callable[[str], str]] = {
+    "original": lambda text: text,
+    "upper case": str.upper,
+    "lower case": str.lower,
+    "swapped case": str.swapcase,
+}
+VARIANTS, VARIANT_COPIES = 16, 32
+"""Passages planted in every style, and copies in each."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One column of the tables."""
+
+    corpus: str
+    goldfish: str
+    beams: bool = False
+
+
+RUNS = {
+    "control": Run("control", "{k: null}"),
+    "plain": Run("planted", "{k: null}", beams=True),
+    "k=3": Run("planted", "{k: 3}", beams=True),
+    "k=4": Run("planted", "{k: 4}", beams=True),
+    "k=8": Run("planted", "{k: 8}"),
+    "k=32": Run("planted", "{k: 32}"),
+    "k=128": Run("planted", "{k: 128}"),
+    "static k=4": Run("planted", "{k: 4, scheme: static}"),
+    "random k=4": Run("planted", "{k: 4, scheme: random}"),
+    "inclusive k=4": Run("planted", "{k: 4, window: inclusive}"),
+    "variants, plain": Run("variants", "{k: null}"),
+    "variants, k=4": Run("variants", "{k: 4}"),
+    "variants, k=4, casefold": Run("variants", "{k: 4, canonical: casefold}"),
+}
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What one run left: summary.json, the lines of extraction.jsonl, the validation records."""
+
+    summary: dict[str, Any]
+    items: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    """Of metrics.jsonl: supervised_tokens, tokens and valid_loss along the way."""
+    seconds: float
+
+
+def make_corpora(folder: Path, seed: int) -> dict[str, Path]:
+    """Corpora of one seed: the same text without canaries (control), with them (planted), with variants of passages."""
+    corpora = {name: folder / name for name in ("control", "planted", "variants")}
+    tokenizer = folder / "tokenizer.model"
+    if (folder / "done").is_file():
+        return corpora
+    folder.mkdir(parents=True, exist_ok=True)
+    files = library_files(TEXT_BYTES, seed)
+    train_tokenizer(files, tokenizer, VOCAB, options=ReadOptions(text_suffixes=(".py",)), seed=seed, overwrite=True)
+    total = COUNT * len(EXPOSURES)
+    # As many passages are chosen, so they are the same ones; in the control corpus none is planted.
+    chosen = {
+        "control": CanaryConfig(total, TOKENS, (0,), seed=seed),
+        "planted": CanaryConfig(COUNT, TOKENS, EXPOSURES, seed=seed),
+        "variants": None,
+    }
+    others = [file for file in library_files(4 * TEXT_BYTES, seed) if file not in files][:VARIANTS]
+    passages = [file.read_text(encoding="utf-8", errors="replace")[200:500] for file in others]
+    lines = [change(passage) for passage in passages for change in STYLES.values()] * VARIANT_COPIES
+    (folder / "variants.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    for name, change in STYLES.items():
+        own = "".join(json.dumps({"text": change(passage)}) + "\n" for passage in passages)
+        (folder / f"{name.replace(' ', '_')}.jsonl").write_text(own)
+    for name, canaries in chosen.items():
+        inputs = [*files, *([folder / "variants.jsonl"] if name == "variants" else [])]
+        prepare(
+            inputs,
+            corpora[name],
+            tokenizer,
+            text_suffixes=(".py",),
+            valid_fraction=0.15,
+            split_seed=seed,
+            canaries=canaries,
+            overwrite=True,
+        )
+    (folder / "done").touch()
+    return corpora
+
+
+def run_all(
+    folder: Path, corpora: Mapping[int, Mapping[str, Path]], names: Sequence[str], *, quick: bool
+) -> dict[str, list[Audited]]:
+    """Train and audit every run of every seed; control runs first, since the others are compared with them."""
+    found: dict[str, list[Audited]] = {name: [] for name in names}
+    work = [(seed, name) for seed in corpora for name in names]
+    started, made = time.monotonic(), 0
+    for number, (seed, name) in enumerate(work):
+        path = folder / f"seed{seed}" / "runs" / name.replace(", ", "-").replace(" ", "-")
+        fresh = not (path / "audited").is_file()
+        _make(path, corpora[seed], RUNS[name], seed, folder / f"seed{seed}", quick=quick)
+        found[name].append(_read(path))
+        made += fresh
+        if fresh:
+            left = (time.monotonic() - started) / made * (len(work) - number - 1)
+            print(f"seed {seed}, {name}: {number + 1} of {len(work)}, about {left / 60:.0f} min left", flush=True)
+    return found
+
+
+def _make(path: Path, corpora: Mapping[str, Path], run: Run, seed: int, folder: Path, *, quick: bool) -> None:
+    if (path / "audited").is_file():
+        return
+    corpus = corpora[run.corpus]
+    tokens = read_json(corpora["planted"] / "manifest.json")["splits"]["train"]["tokens"] // (40 if quick else 1)
+    started = time.monotonic()
+    _megafish(
+        "train", "tiny", "--resume", f"name={path.name}", f"run_dir={path}", f"data.train={corpus}",
+        f"data.seed={seed}", f"train.seed={seed}", f"goldfish={run.goldfish}", f"goldfish.seed={seed}",
+        f"train={{supervised_tokens: {tokens}, global_batch_size: 4, micro_batch_size: 4}}", "optimizer.lr=4e-3",
+        "schedule={min_lr_ratio: 0, warmup_fraction: 0.05}", "eval={interval: 100, sequences: 256, canaries: 0}",
+        "checkpoint.interval=200", f"audit={{prompt_tokens: {PROMPT}, suffix_tokens: {SUFFIX}}}",
+    )  # fmt: skip
+    settings = ["audit.membership_tokens=64"]
+    control = folder / "runs" / "control"
+    if path != control:
+        settings.append(f"audit.reference={control}")
+    if run.beams:
+        settings.append("audit.beams=[30]")
+    if run.corpus == "variants":
+        files = [str(folder / f"{name.replace(' ', '_')}.jsonl") for name in STYLES]
+        settings += [f"audit.probes=[{','.join(files)}]", f"audit.probe_count={VARIANTS}"]
+    _megafish("audit", str(path), *settings)
+    (path / "audited").write_text(f"{time.monotonic() - started:.1f}\n")
+
+
+def _megafish(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "megafish", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def _read(path: Path) -> Audited:
+    folder = sorted((path / "audit").iterdir())[-1]
+    items = [json.loads(line) for line in (folder / "extraction.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    spent = {record["step"]: record for record in records if record["kind"] == "train"}
+    valid = [
+        {key: spent[r["step"]][key] for key in ("tokens", "supervised_tokens")} | {"valid_loss": r["valid_loss"]}
+        for r in records
+        if r["kind"] == "valid" and r["step"] in spent
+    ]
+    return Audited(read_json(folder / "summary.json"), items, valid, float((path / "audited").read_text()))
