@@ -54,6 +54,8 @@ PACKAGES = (
     Package("pyarrow", "pyarrow", "parquet files"),
     Package("zstandard", "zstandard", ".zst files"),
     Package("rouge-score", "rouge_score", "audit: ROUGE-L"),
+    Package("rapidfuzz", "rapidfuzz", "audit: edit distances"),
+    Package("scipy", "scipy", "audit: log-linear laws"),
     Package("matplotlib", "matplotlib", "plots"),
     Package("jinja2", "jinja2", "reports and Slurm scripts"),
     Package("psutil", "psutil", "status of runs"),
