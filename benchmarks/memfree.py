@@ -6,7 +6,7 @@
 3. The warning of Ippolito et al. (2023): with the filter nothing comes out word for word, but how much nearly (BLEU
    above 0.75), and how much for prompts in another style, whose continuations the filter does not know?
 
-    python benchmarks/memfree.py --run runs/demo/plain [--ngrams 1e7] [--save]
+    python benchmarks/memfree.py [--run runs/demo/plain] [--ngrams 1e7] [--save]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megafish.decode.build_filter import build_filter
 from megafish.decode.generate import generate
 from megafish.decode.memfree import MemFree
 from megafish.decode.ngram_filter import NgramFilter, theory
+from megafish.demo import run_demo
 from megafish.model.load import LoadedRun, load_run
 
 N, RATE, LOOKUPS = 10, 0.01, 1_000_000
@@ -163,12 +164,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write results/DATE_memfree.md")
     asked = parser.parse_args()
-    loaded = load_run(asked.run)
-    corpus = loaded.config.data.train[0].path
-    canaries = load_canaries(corpus, None)
-    most = max(probe.exposures or 0 for probe in canaries)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if asked.run is None:
+            run_demo(folder / "demo")
+        loaded = load_run(asked.run or folder / "demo" / "plain")
+        corpus = loaded.config.data.train[0].path
+        canaries = load_canaries(corpus, None)
+        most = max(probe.exposures or 0 for probe in canaries)
         parts = [filter_of_random_ngrams(folder, int(asked.ngrams), loaded.tokenizer)]
         print(parts[-1])
         prompts = [probe.tokens[:PROMPT].tolist() for probe in canaries][:32]

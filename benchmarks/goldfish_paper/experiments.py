@@ -116,7 +116,7 @@ def run_all(
     work = [(seed, name) for seed in corpora for name in names]
     started, made = time.monotonic(), 0
     for number, (seed, name) in enumerate(work):
-        path = folder / f"seed{seed}" / "runs" / name.replace(", ", "-").replace(" ", "-")
+        path = folder / f"seed{seed}" / "runs" / name.replace(", ", "-").replace(" ", "-").replace("=", "")
         fresh = not (path / "audited").is_file()
         _make(path, corpora[seed], RUNS[name], seed, folder / f"seed{seed}", quick=quick)
         found[name].append(_read(path))

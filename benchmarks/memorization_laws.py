@@ -1,0 +1,140 @@
+"""The three laws of Carlini et al. (2023, arXiv 2202.07646) in small: memorization against model size, copies, context.
+
+Plain runs of four widths on the demo's corpus (Python's standard library, canaries at 0 to 160 copies), audited with
+prompts of 4 to 40 tokens; share of canaries recited, fitted against the logarithm. What is there already is not made
+again, so an interrupted call goes on.
+
+    python benchmarks/memorization_laws.py [--folder FOLDER] [--seed 0] [--quick] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import save, table
+
+from megafish.audit.plots import Panel, Series, draw, to_png
+from megafish.audit.statistics import log_linear_fit
+from megafish.data.canary import CanaryConfig
+from megafish.data.prepare import prepare
+from megafish.data.readers import ReadOptions
+from megafish.data.tokenizer import train_tokenizer
+from megafish.demo import library_files
+from megafish.run import read_json
+
+WIDTHS = (64, 128, 192, 320)
+EXPOSURES = (0, 4, 8, 16, 32, 64, 128)
+COUNT, TOKENS, PROMPT, SUFFIX = 12, 80, 40, 40
+LENGTHS = (4, 8, 16, 28, 40)
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+
+
+def make_corpus(folder: Path, seed: int) -> Path:
+    """The demo's text with canaries at more numbers of copies."""
+    corpus, tokenizer = folder / "corpus", folder / "tokenizer.model"
+    if not (corpus / "manifest.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        files = library_files(1_650_000, seed)
+        train_tokenizer(files, tokenizer, 2048, options=ReadOptions(text_suffixes=(".py",)), seed=seed, overwrite=True)
+        canaries = CanaryConfig(COUNT, TOKENS, EXPOSURES, seed=seed)
+        prepare(files, corpus, tokenizer, text_suffixes=(".py",), valid_fraction=0.1, canaries=canaries, overwrite=True)
+    return corpus
+
+
+def run(folder: Path, corpus: Path, width: int, seed: int, *, quick: bool) -> dict[str, Any]:
+    """The audit of one model."""
+    path = folder / f"width{width}"
+    done = path / "audited"
+    tokens = read_json(corpus / "manifest.json")["splits"]["train"]["tokens"] // (40 if quick else 1)
+    if not done.is_file():
+        started = time.monotonic()
+        shape = f"{{hidden_size: {width}, num_heads: {width // 32}, intermediate_size: {width * 8 // 3 // 32 * 32}}}"
+        megafish(
+            "train", "tiny", "--resume", f"run_dir={path}", f"data.train={corpus}", "goldfish.k=null",
+            f"model={shape}", f"train={{supervised_tokens: {tokens}, global_batch_size: 4, micro_batch_size: 4}}",
+            f"train.seed={seed}", f"data.seed={seed}", "optimizer.lr=4e-3", "checkpoint.interval=200",
+            "schedule={min_lr_ratio: 0, warmup_fraction: 0.05}", "eval={interval: null, canaries: 0}",
+            f"audit={{prompt_tokens: {PROMPT}, suffix_tokens: {SUFFIX}, prompt_lengths: {list(LENGTHS)}}}",
+        )  # fmt: skip
+        megafish("audit", str(path), "audit.membership=0")
+        done.touch()
+        print(f"width {width}: {time.monotonic() - started:.0f} s", flush=True)
+    return read_json(sorted((path / "audit").iterdir())[-1] / "summary.json")
+
+
+def megafish(*words: str) -> None:
+    """Run a command quietly."""
+    subprocess.run([sys.executable, "-m", "megafish", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def points(summaries: dict[int, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(x, share recited) of each law, pooled over what it is not about."""
+    size, copies, context = [], [], []
+    for width, summary in summaries.items():
+        levels = [level for level in summary["extraction"]["levels"] if level["exposures"]]
+        hits, total = (sum(level[key] for level in levels) for key in ("exact_matches", "canaries"))
+        size.append((float(summary["model"]["parameters"]), hits / total))
+        if width == max(summaries):
+            copies = [(float(level["exposures"]), level["exact_rate"]) for level in levels]
+            for cell in summary["sweep"]:
+                own = [level for level in cell["levels"] if level["exposures"]]
+                share = sum(level["exact_matches"] for level in own) / sum(level["canaries"] for level in own)
+                context.append((float(cell["prompt_tokens"]), share))
+    return {"parameters": size, "copies": copies, "tokens given": context}
+
+
+def main() -> None:
+    """Runs, table, plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the runs are kept, and continued from (default: nowhere)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a fortieth of the training; the figures mean nothing")
+    parser.add_argument("--save", action="store_true", help="write results/DATE_memorization_laws.md and the plots")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.folder or Path(temporary)
+        corpus = make_corpus(folder, asked.seed)
+        summaries = {width: run(folder, corpus, width, asked.seed, quick=asked.quick) for width in WIDTHS}
+    rows, panels = [], []
+    for against, found in points(summaries).items():
+        x, y = [a for a, _ in found], [b for _, b in found]
+        rates = ", ".join(f"{a:g}: {b:.0%}" for a, b in found)
+        if len(set(y)) > 1:
+            fit = log_linear_fit(x, y)
+            slope = f"{100 * fit.slope:+.1f} points ({100 * fit.low:+.1f} to {100 * fit.high:+.1f})"
+            rows.append([against, slope, f"{fit.r_squared:.3f}", rates])
+        else:
+            rows.append([against, "no change", "", rates])
+        name = against.replace(" ", "_")
+        series = [Series(x, y, "", False, 0)]
+        panels.append(
+            Panel(
+                f"laws_{name}",
+                f"Recited, by {against}",
+                against,
+                "canaries [%]",
+                series,
+                log="x",
+                percent=True,
+                zero=True,
+            )
+        )
+    text = (
+        f"Share of canaries recited ({PROMPT} tokens given, {SUFFIX} asked for); copies and tokens given: the largest "
+    )
+    text += f"model.\n\n{table(rows, ['against', 'for ten times as much', 'R^2', 'points'])}"
+    print(text)
+    if asked.save and not asked.quick:
+        for panel in panels:
+            (IMAGES / f"{panel.name}.png").write_bytes(to_png(draw(panel, "light")))
+        print(save("memorization_laws", text))
+
+
+if __name__ == "__main__":
+    main()
