@@ -157,9 +157,7 @@ def leaks(loaded: LoadedRun, found: NgramFilter, exposures: int) -> str:
 def main() -> None:
     """All three parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--run", type=Path, required=True, help="a run that recites its canaries (megafish demo's plain)"
-    )
+    parser.add_argument("--run", type=Path, help="a run that recites (default: megafish demo's plain one, made anew)")
     parser.add_argument("--ngrams", type=float, default=1e7)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write results/DATE_memfree.md")

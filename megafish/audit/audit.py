@@ -79,6 +79,8 @@ def audit_run(
     }
     summary["verdict"] = verdict(summary)
     records = [{"set": each.name, **record(item, target.tokenizer)} for each, items in sets for item in items]
+    if not target.run.checkpoints.exists():
+        target.run.save_config(target.config)  # of a Hugging Face folder: what a report is made from
     view = RunView(target.run.path, target.config.name, target.config, {}, [summary], records)
     write_audit(target.folder, summary, records, view)
     if canaries and target.state is not None:

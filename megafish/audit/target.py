@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from megafish.config import Config, load_config
-from megafish.config_yaml import dump_yaml
+from megafish.config import Config, lay_over, parse_settings, validated
 from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
 from megafish.huggingface.importer import Described, load_model
@@ -84,11 +83,7 @@ def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None
     run = RunDir(output if output is not None else Path("audit") / name)
     if run.checkpoints.exists():
         raise InputError(f"{run.path}: holds a run: name another --output for the audit of {path}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    # Written first and read back, so that overrides are laid over it as over any configuration.
-    run.config_file.write_text(dump_yaml(_settings(name, found)), encoding="utf-8")
-    config = load_config(run.config_file, list(overrides))
-    run.save_config(config)
+    config = validated(lay_over(_settings(name, found), parse_settings(list(overrides))), str(path))
     return Target(path, model, found.tokenizer, config, run, 0, None)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -168,7 +169,13 @@ class _Runner:
             yield from ((number, function(*call)) for number, call in enumerate(calls))
             return
         # Not forked: the caller may have threads, whose locks a fork would copy.
-        with ProcessPoolExecutor(min(self._workers, len(calls)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            min(self._workers, len(calls)),
+            mp_context=get_context("spawn"),
+            # Ctrl-C reaches them as well; the main process decides.
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        ) as pool:
             pending = {pool.submit(function, *call): number for number, call in enumerate(calls)}
             try:
                 for done in as_completed(pending):

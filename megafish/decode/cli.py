@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from megafish.errors import InputError
+
 
 def filter_(
     corpora: Annotated[list[Path], typer.Argument(help="Corpus folders, or prefixes of .bin/.idx pairs")],
@@ -24,14 +26,14 @@ def filter_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists")] = False,
 ) -> None:
     """Build a filter of a corpus's n-grams, for generation that never emits one (MemFree decoding)."""
+    if to.exists() and not overwrite:
+        raise InputError(f"{to}: exists already: give --overwrite to replace it, or another --to")
+
     from megafish.data.tokenizer import load_tokenizer
     from megafish.decode.build_filter import build_filter
     from megafish.decode.ngram_filter import theory
-    from megafish.errors import InputError
     from megafish.progress import format_quantity
 
-    if to.exists() and not overwrite:
-        raise InputError(f"{to}: exists already: give --overwrite to replace it, or another --to")
     built = build_filter(
         corpora,
         to,
