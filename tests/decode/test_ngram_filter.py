@@ -155,7 +155,6 @@ def test_damaged_files(corpus: Path, tmp_path: Path, change: str, message: str) 
     [
         ({"n": 1}, "n=1 must be at least 2"),
         ({"false_positive_rate": 1.0}, "false_positive_rate=1.0 between"),
-        ({"n": 5000}, "no text of 5000 tokens occurs 1 times"),
         ({"minimum_count": 10_000}, "no text of 10 tokens occurs 10000 times"),
     ],
 )
@@ -163,6 +162,12 @@ def test_what_cannot_be_built(corpus: Path, tmp_path: Path, options: dict[str, A
     with pytest.raises(InputError, match=message):
         build_filter([corpus], tmp_path / "f", progress=False, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_documents_shorter_than_an_ngram(corpus: Path, tmp_path: Path) -> None:
+    pair, tokenizer = write(tmp_path / "short", [[1, 2, 3], [4, 5]]), load_tokenizer(corpus / "tokenizer.model")
+    with pytest.raises(InputError, match="no text of 4 tokens occurs 1 times"):
+        build_filter([pair], tmp_path / "f", n=4, tokenizer=tokenizer, progress=False)
 
 
 def test_tokenizers(corpus: Path, tmp_path: Path) -> None:
