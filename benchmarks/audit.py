@@ -23,7 +23,7 @@ from common import save, table
 from megafish.audit.scores import token_scores
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megafish.decode.generate import generate
+from megafish.decode.generate import for_decoding, generate
 from megafish.demo import library_files
 from megafish.huggingface.importer import load_model
 
@@ -114,7 +114,7 @@ def main() -> None:
                 folder = Path(temporary) / f"{name}_{dtype}"
                 write_model(folder, shape, dtype, file)
                 hf = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-                own, _ = load_model(folder, "cpu")
+                own = for_decoding(load_model(folder, "cpu")[0])
 
                 def peer(hf: Any = hf) -> list[list[int]]:
                     return theirs(hf, texts, asked.batch)

@@ -417,7 +417,7 @@ def generate(
     if not prompts:
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
 
-    from megafish.decode.generate import generate_text
+    from megafish.decode.generate import for_decoding, generate_text
     from megafish.decode.memfree import MemFree
     from megafish.decode.ngram_filter import NgramFilter
     from megafish.model.load import load_run
@@ -427,7 +427,7 @@ def generate(
     if free is not None:
         free.filter.check_tokenizer(loaded.tokenizer)
     texts = generate_text(
-        loaded.model,
+        for_decoding(loaded.model),
         loaded.tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from megafish.audit.laws import by_size, cells, fitted, occurrences_law, prompt_law, size_law
 from megafish.audit.plots import WARM, Panel, Series, short_number
 from megafish.audit.view import RunView
 
@@ -14,16 +16,26 @@ _LEVELS = 3
 """Numbers of copies drawn for one run: the highest."""
 _BINS = 10
 """Of the ROUGE-L histogram."""
+ATTACKS = {
+    "loss": "loss",
+    "zlib": "zlib",
+    "min_k": "Min-K %",
+    "min_k++": "Min-K++ %",
+    "reference": "reference",
+    "blind": "blind",
+}
+"""Names of the attacks of summary.json on the page."""
 
 
 def audit_panels(runs: Sequence[RunView]) -> list[Panel]:
     """The plots that the audits of these runs have data for."""
     found = [
-        _sweep(runs, "prompt_tokens", "offset", "prompt_length", "Recited, by length of the prompt", "tokens given"),
-        _sweep(runs, "offset", "prompt_tokens", "offset", "Recited, by place of the prompt", "tokens before it"),
+        _prompt_lengths(runs),
+        _offsets(runs),
         _histogram(runs),
         _tries(runs),
         _closeness(runs),
+        _occurrences(runs),
         _membership(runs),
         _by_size(runs),
         _by_k(runs),
@@ -31,21 +43,10 @@ def audit_panels(runs: Sequence[RunView]) -> list[Panel]:
     return [panel for panel in found if panel is not None]
 
 
-def cells(run: RunView, axis: str, other: str) -> list[dict[str, Any]]:
-    """The cells of the canaries' sweep along one axis, by its value; the other axis at what the main extraction has."""
-    if run.summary is None:
-        return []
-    fixed = {"offset": 0, "prompt_tokens": run.summary["settings"]["prompt_tokens"]}[other]
-    own = [cell for cell in run.summary["sweep"] if cell["set"] == "canaries" and cell[other] == fixed]
-    return sorted(own, key=lambda cell: cell[axis])
-
-
-def _series(
-    run: RunView, label: str, x: Sequence[float], levels: Sequence[dict[str, Any]], name: str = "exact", index: int = 0
-) -> Series:
-    """A rate of levels with its interval."""
-    y, low, high = ([level[f"{name}_{part}"] for level in levels] for part in ("rate", "low", "high"))
-    return Series(x, y, label, run.masked, run.index + index, low, high)
+def _series(x: Sequence[float], levels: Sequence[dict[str, Any]], label: str, masked: bool, index: int) -> Series:
+    """The exact rate of levels with its interval."""
+    y, low, high = ([level[f"exact_{part}"] for level in levels] for part in ("rate", "low", "high"))
+    return Series(x, y, label, masked, index, low, high)
 
 
 def _shade(run: RunView, number: int) -> tuple[bool, int]:
@@ -54,23 +55,69 @@ def _shade(run: RunView, number: int) -> tuple[bool, int]:
     return (run.masked if number < shades else not run.masked), number % shades
 
 
-def _sweep(runs: Sequence[RunView], axis: str, other: str, name: str, title: str, xlabel: str) -> Panel | None:
+def _by_copies(
+    run: RunView, several: bool, levels: Sequence[dict[str, Any]]
+) -> list[tuple[int, str, tuple[bool, int]]]:
+    """(place in levels, label, colour) of the lines about one run: its levels with most copies; of several runs one."""
+    if several:
+        return [(-1, run.name, (run.masked, run.index))]
+    count = min(_LEVELS, len(levels))
+    return [(-back, f"{levels[-back]['exposures']}", _shade(run, back - 1)) for back in range(1, count + 1)]
+
+
+def _sweep(runs: Sequence[RunView], axis: str, other: str) -> list[Series]:
+    """The exact rate along one axis of the sweep: of several runs for most copies, of one run for several levels."""
     series = []
     for run in runs:
         own = cells(run, axis, other)
         if len(own) < 2:
             continue
         x = [cell[axis] for cell in own]
-        count = len(own[0]["levels"])
-        for back in range(1, 2 if len(runs) > 1 else min(_LEVELS, count) + 1):
-            levels = [cell["levels"][-back] for cell in own]
-            label = run.name if len(runs) > 1 else f"{levels[0]['exposures']}"
-            series.append(_series(run, label, x, levels, index=back - 1 if len(runs) == 1 else 0))
+        for place, label, shade in _by_copies(run, len(runs) > 1, own[0]["levels"]):
+            series.append(_series(x, [cell["levels"][place] for cell in own], label, *shade))
+    return series
+
+
+def _which(runs: Sequence[RunView]) -> str:
+    return "Canaries with the most copies" if len(runs) > 1 else "Canaries, by their copies,"
+
+
+def _prompt_lengths(runs: Sequence[RunView]) -> Panel | None:
+    series = _sweep(runs, "prompt_tokens", "offset")
     if not series:
         return None
-    which = "with the most copies" if len(runs) > 1 else "by their copies"
-    caption = f"Canaries {which} whose next tokens come out exactly (bars: Wilson 95 % interval)."
-    return Panel(name, title, xlabel, "canaries [%]", series, caption, percent=True, zero=True, top=1.0)
+    fits = [line for run in runs for line in fitted(prompt_law(run), run.masked, run.index)]
+    return Panel(
+        "prompt_length",
+        "Recited, by length of the prompt",
+        "tokens given",
+        "canaries [%]",
+        series + fits,
+        f"{_which(runs)} whose next tokens come out exactly (bars: Wilson 95 % interval"
+        + "; dashed: log-linear fit, most copies" * bool(fits)
+        + ").",
+        percent=True,
+        zero=True,
+        top=1.0,
+        log="x",
+    )
+
+
+def _offsets(runs: Sequence[RunView]) -> Panel | None:
+    series = _sweep(runs, "offset", "prompt_tokens")
+    if not series:
+        return None
+    return Panel(
+        "offset",
+        "Recited, by place of the prompt",
+        "tokens of the passage before the prompt",
+        "canaries [%]",
+        series,
+        f"{_which(runs)} whose next tokens come out exactly (bars: Wilson 95 % interval).",
+        percent=True,
+        zero=True,
+        top=1.0,
+    )
 
 
 def _histogram(runs: Sequence[RunView]) -> Panel | None:
@@ -110,24 +157,24 @@ def _histogram(runs: Sequence[RunView]) -> Panel | None:
 
 
 def _tries(runs: Sequence[RunView]) -> Panel | None:
-    series = []
-    for run in runs:
-        if run.levels:
-            level = run.levels[-1]
-            y = [count / level["canaries"] for count in level["discoverable"].values()]
-            series.append(Series(range(len(y)), y, run.name if len(runs) > 1 else "", run.masked, run.index))
-    if not series:
+    audited = [run for run in runs if run.levels]
+    if not audited:
         return None
-    first = next(run for run in runs if run.levels)
+    series = []
+    for run in audited:
+        for place, label, shade in _by_copies(run, len(runs) > 1, run.levels):
+            level = run.levels[place]
+            y = [count / level["canaries"] for count in level["discoverable"].values()]
+            series.append(Series(range(len(y)), y, label, *shade))
     return Panel(
         "tries",
         "Recited in some of n tries",
         "drawn continuations",
         "canaries [%]",
         series,
-        "Canaries with the most copies that come out at least once with 90 % certainty, by the probability of the true "
-        "text under the sampling of the audit (Hayes et al. 2024).",
-        ticks=list(first.levels[-1]["discoverable"]),
+        f"{_which(runs)} that come out at least once with 90 % certainty, by the probability of the true text under "
+        "the sampling of the audit (Hayes et al. 2024).",
+        ticks=list(audited[0].levels[-1]["discoverable"]),
         percent=True,
         zero=True,
         top=1.0,
@@ -166,58 +213,81 @@ def _closeness(runs: Sequence[RunView]) -> Panel | None:
     )
 
 
+def _occurrences(runs: Sequence[RunView]) -> Panel | None:
+    """Passages of corpora by how often they occur there, where that is known."""
+    series, fits = [], []
+    for run in runs:
+        for number, each in enumerate(run.summary["probes"] if run.summary else []):
+            levels = [level for level in each["levels"] if level["exposures"]]
+            if len(levels) < 2:
+                continue
+            label = each["name"] if len(runs) == 1 else run.name
+            shade = _shade(run, number) if len(runs) == 1 else (run.masked, run.index)
+            series.append(_series([level["exposures"] for level in levels], levels, label, *shade))
+            fits += fitted(occurrences_law(run, each), *shade)
+    if not series:
+        return None
+    return Panel(
+        "occurrences",
+        "Passages of corpora, by occurrences",
+        "occurrences in the corpus, at least",
+        "passages [%]",
+        series + fits,
+        "Passages whose next tokens come out exactly (bars: Wilson 95 % interval"
+        + "; dashed: log-linear fit" * bool(fits)
+        + ").",
+        percent=True,
+        zero=True,
+        top=1.0,
+        log="x",
+    )
+
+
 def _membership(runs: Sequence[RunView]) -> Panel | None:
     """ROC curves: of one run by attack, of several the best attack of each."""
+    audited = [run for run in runs if run.summary is not None and run.summary["membership"] is not None]
+    if not audited:
+        return None
+    found = [run.summary["membership"] for run in audited if run.summary is not None]
+    # A logarithmic axis has no 0: a rate of none is drawn at half of the smallest that these groups can have.
+    floor = min(1 / each[group] for each in found for group in ("members", "non_members")) / 2
     series: list[Series] = []
-    floor = 1.0
-    for run in runs:
-        if run.summary is None or run.summary["membership"] is None:
-            continue
-        found = run.summary["membership"]
-        floor = min(floor, 1 / found["non_members"], 1 / found["members"])
-        attacks = {name: figures for name, figures in found["attacks"].items() if name != "blind"}
+    for run, each in zip(audited, found, strict=True):
+        attacks = {name: figures for name, figures in each["attacks"].items() if name != "blind"}
         best = max(attacks, key=lambda name: attacks[name]["auc"])
         for i, (name, figures) in enumerate(attacks.items()):
             if len(runs) > 1 and name != best:
                 continue
-            label = f"{name}, {figures['auc']:.2f}" if len(runs) == 1 else f"{run.name}, {figures['auc']:.2f}"
-            roc = {key: np.maximum(values, floor / 2) for key, values in figures["roc"].items()}
+            label = f"{ATTACKS[name]} {figures['auc']:.2f}" if len(runs) == 1 else f"{run.name} {figures['auc']:.2f}"
+            roc = {key: np.maximum(values, floor) for key, values in figures["roc"].items()}
             shade = _shade(run, i) if len(runs) == 1 else (run.masked, run.index)
             series.append(Series(roc["fpr"], roc["tpr"], label, *shade, markers=False))
-    if not series:
-        return None
-    series.append(Series([floor / 2, 1], [floor / 2, 1], "", masked=None, index=0, dashed=True, markers=False))
+    series.append(Series([floor, 1], [floor, 1], "", masked=None, index=0, dashed=True, markers=False))
     return Panel(
         "membership",
         "Training or held-out text?",
         "false positive rate",
         "true positive rate",
         series,
-        "Membership inference; behind each name the area under its curve, 0.5 is guessing (dashed). Both axes are "
-        "logarithmic: what counts is how many members are told with few false alarms.",
+        "Membership inference"
+        + (", the attack that does best on each run" if len(runs) > 1 else "")
+        + "; behind each name the area under its curve, 0.5 is guessing (dashed). Both axes are logarithmic: what "
+        "counts is how many members are told with few false alarms.",
         log="xy",
     )
 
 
-def _among(runs: Sequence[RunView], value: Callable[[RunView], float | None]) -> list[tuple[float, RunView]]:
-    """Audited runs by a value, where they have at least two different ones."""
-    found = [(x, run) for run in runs if run.levels and (x := value(run)) is not None]
-    return sorted(found, key=lambda pair: pair[0]) if len({x for x, _ in found}) > 1 else []
-
-
-def parameters_of(run: RunView) -> float | None:
-    """Parameters of the audited model."""
-    return None if run.summary is None else float(run.summary["model"]["parameters"])
-
-
 def _by_size(runs: Sequence[RunView]) -> Panel | None:
-    series = []
+    series, fits = [], []
     for masked in (False, True):
-        own = _among([run for run in runs if run.masked == masked], parameters_of)
-        if own:
-            levels = [run.levels[-1] for _, run in own]
-            label = "with a mask" if masked else "without"
-            series.append(_series(own[0][1], label, [x for x, _ in own], levels))
+        own = by_size(runs, masked)
+        if len({size for size, _ in own}) < 2:
+            continue
+        label = "with a mask" if masked else "without"
+        levels = [run.levels[-1] for _, run in own]
+        index = own[0][1].index
+        series.append(_series([size for size, _ in own], levels, label, masked, index))
+        fits += fitted(size_law(runs, masked), masked, index)
     if not series:
         return None
     return Panel(
@@ -225,8 +295,8 @@ def _by_size(runs: Sequence[RunView]) -> Panel | None:
         "Recited, by size of the model",
         "parameters",
         "canaries [%]",
-        series,
-        "Canaries with the most copies (bars: Wilson 95 % interval).",
+        series + fits,
+        "Canaries with the most copies (bars: Wilson 95 % interval" + "; dashed: log-linear fit" * bool(fits) + ").",
         percent=True,
         zero=True,
         top=1.0,
@@ -235,16 +305,21 @@ def _by_size(runs: Sequence[RunView]) -> Panel | None:
 
 
 def _by_k(runs: Sequence[RunView]) -> Panel | None:
-    def k_of(run: RunView) -> float | None:
-        if run.summary is None or run.summary["mask"] is None:
-            return None
-        return float(run.summary["mask"]["k"]) if run.masked else float("inf")
-
-    own = _among(runs, k_of)
-    if not own or sum(run.masked for _, run in own) < 2:
+    """Runs by the k of their mask; one without a mask stands at the right end."""
+    own = []
+    for run in runs:
+        if run.levels and run.summary is not None and run.summary["mask"] is not None:
+            own.append((float(run.summary["mask"]["k"]) if run.masked else math.inf, run))
+    own.sort(key=lambda pair: pair[0])
+    ks = sorted({k for k, _ in own})
+    if sum(k < math.inf for k in ks) < 2:
         return None
-    levels = [run.levels[-1] for _, run in own]
-    series = [_series(own[0][1], "", range(len(own)), levels)]
+    series = []
+    for masked in (True, False):
+        pairs = [(ks.index(k), run) for k, run in own if run.masked == masked]
+        if pairs:
+            levels = [run.levels[-1] for _, run in pairs]
+            series.append(_series([place for place, _ in pairs], levels, "", masked, pairs[0][1].index))
     return Panel(
         "k",
         "Recited, by k of the mask",
@@ -252,7 +327,7 @@ def _by_k(runs: Sequence[RunView]) -> Panel | None:
         "canaries [%]",
         series,
         "Canaries with the most copies (bars: Wilson 95 % interval).",
-        ticks=["none" if x == float("inf") else short_number(x) for x, _ in own],
+        ticks=["no mask" if k == math.inf else short_number(k) for k in ks],
         percent=True,
         zero=True,
         top=1.0,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megafish.audit.laws import copies_law, fitted
 from megafish.audit.plots import Panel, Series, record_arrays, smooth, thin
 from megafish.audit.view import RunView
 
@@ -49,15 +50,17 @@ def memorization_panels(runs: Sequence[RunView]) -> list[Panel]:
     # Runs audited with other lengths share the axis of the longest.
     suffix = max(run.summary["settings"]["suffix_tokens"] for run in audited if run.summary)
     count = audited[0].levels[-1]["canaries"]
+    exact = lines("exact_rate", "exact_low", "exact_high")
+    fits = [line for run in audited for line in _copies_fit(run, place)]
     return [
         Panel(
             "memorization",
             "Recited word for word",
             xlabel,
             "canaries [%]",
-            lines("exact_rate", "exact_low", "exact_high"),
+            exact + fits,
             f"Canaries whose next {suffix} tokens come out exactly from greedy decoding (canaries a level: {count}; "
-            "bars: Wilson 95 % interval).",
+            "bars: Wilson 95 % interval" + "; dashed: log-linear fit" * bool(fits) + ").",
             ticks,
             percent=True,
             zero=True,
@@ -91,6 +94,11 @@ def memorization_panels(runs: Sequence[RunView]) -> list[Panel]:
     ]
 
 
+def _copies_fit(run: RunView, place: dict[int, int]) -> list[Series]:
+    law = copies_law(run)
+    return fitted(law, run.masked, run.index, [place[int(copies)] for copies in sorted(set(law.x))])
+
+
 def _canary_loss(
     audited: Sequence[RunView], several: bool, ticks: list[str], place: dict[int, int], xlabel: str
 ) -> Panel:
@@ -121,7 +129,9 @@ def _over_training(audited: Sequence[RunView], several: bool) -> list[Panel]:
     series = []
     for run in audited:
         points = [
-            (a["step"], a["supervised_tokens"], a["extraction"]["levels"][-1]) for a in run.audits if a["extraction"]
+            (a["step"], a["supervised_tokens"], a["extraction"]["levels"][-1])
+            for a in run.audits
+            if a["extraction"] and (a["supervised_tokens"] is not None or not several)
         ]
         if len(points) > 1:
             series.append(

@@ -34,6 +34,8 @@ _LONGEST_NAME = 22
 """Characters of a label."""
 _LINE_HEIGHT = 12.0
 """Least distance of two labels [points]."""
+_MOST_TICKS = 9
+"""Labels that fit below the x axis."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Series:
     markers: bool = True
     raw: tuple[np.ndarray, np.ndarray] | None = None
     """Unsmoothed x and y, drawn faintly below the line."""
+    fit: bool = False
+    """A fitted line: thin, dashed, without markers, cut where it leaves the axes."""
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Panel:
     """Scale the y axis to what follows the first tenth of the x axis: a loss falls so far at first that nothing else
     could be read."""
     log: str = ""
-    """Logarithmic axes: "x", or "xy"."""
+    """Logarithmic axes: "x" (with ticks at the points, where these are few), or "xy"."""
     bars: Series | None = None
     """Drawn as bars, its name in the corner; `series` then holds what they are compared with."""
 
@@ -166,6 +170,9 @@ def color(series: Series, theme: str) -> str:
 
 def _draw_line(axes: Axes, series: Series, theme: str, clip: bool) -> None:
     shade = color(series, theme)
+    if series.fit:
+        axes.plot(series.x, series.y, color=shade, linewidth=1.1, linestyle=(0, (2, 2)), alpha=0.8, zorder=2)
+        return
     if series.raw is not None:
         axes.plot(*series.raw, color=shade, alpha=0.25, linewidth=0.6)
     if series.low is not None and series.high is not None:
@@ -190,13 +197,16 @@ def _draw_bars(axes: Axes, panel: Panel, theme: str) -> None:
     if panel.bars is not None:
         shade = color(panel.bars, theme)
         axes.bar(panel.bars.x, panel.bars.y, width=0.62, color=shade, zorder=2)
+        # The name stands above the half with the lower bars.
+        half = len(panel.bars.y) // 2
+        right = max(panel.bars.y[half:]) <= max(panel.bars.y[:half], default=0)
         axes.annotate(
             panel.bars.label,
-            (1, 1),
+            (1 if right else 0, 1),
             xycoords="axes fraction",
-            xytext=(0, -4),
+            xytext=(0 if right else 6, -4),
             textcoords="offset points",
-            ha="right",
+            ha="right" if right else "left",
             va="top",
             color=shade,
             fontweight="bold",
@@ -210,6 +220,7 @@ def _scale(axes: Axes, panel: Panel) -> None:
         if "y" in panel.log:
             axes.set_yscale("log")
             return
+        _tick_points(axes, panel)
     elif panel.ticks is not None:
         axes.set_xticks(range(len(panel.ticks)), panel.ticks)
         axes.set_xlim(-0.4, len(panel.ticks) - 0.6)
@@ -228,6 +239,15 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     else:
         axes.yaxis.set_major_formatter(_formatter(axes.get_ylim()))
+
+
+def _tick_points(axes: Axes, panel: Panel) -> None:
+    """Ticks of a logarithmic axis at the points themselves, unless their labels would touch."""
+    points = sorted({float(x) for series in panel.series for x in series.x})
+    gaps = np.diff(np.log(points))
+    if len(points) > 1 and gaps.min() >= gaps.sum() / _MOST_TICKS:
+        axes.set_xticks(points, [short_number(x) for x in points])
+        axes.minorticks_off()
 
 
 def _settled_range(lines: Sequence[Series]) -> tuple[float, float]:
@@ -284,7 +304,8 @@ def _label_ends(figure: Figure, axes: Axes, panel: Panel, theme: str) -> None:
     axes.set_position((left, bottom, 0.97 - left - widest, height))
     points = 72.0 / figure.dpi
     wanted = [float(axes.transData.transform((s.x[-1], s.y[-1]))[1]) * points for s in labelled]
-    for series, name, y in zip(labelled, names, _apart(wanted), strict=True):
+    highest = float(axes.transAxes.transform((0, 1))[1]) * points
+    for series, name, y in zip(labelled, names, _apart(wanted, highest), strict=True):
         axes.annotate(
             name,
             xy=(1, 0),
@@ -307,8 +328,9 @@ def _shortened(name: str) -> str:
     return f"{name[: _LONGEST_NAME // 2 - 1]}...{name[2 - _LONGEST_NAME // 2 :]}"
 
 
-def _apart(wanted: list[float]) -> list[float]:
-    """Positions at least a line apart, as near to the wanted ones as moving whole clusters allows."""
+def _apart(wanted: list[float], highest: float = math.inf) -> list[float]:
+    """Positions at least a line apart, as near to the wanted ones as moving whole clusters allows, none above
+    `highest`."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     clusters: list[tuple[float, list[int]]] = []
     for i in order:
@@ -321,6 +343,8 @@ def _apart(wanted: list[float]) -> list[float]:
     for centre, members in clusters:
         for rank, i in enumerate(members):
             placed[i] = centre + _LINE_HEIGHT * (rank - (len(members) - 1) / 2)
+    for rank, i in enumerate(sorted(range(len(placed)), key=lambda i: -placed[i])):
+        placed[i] = min(placed[i], highest - _LINE_HEIGHT * rank)
     return placed
 
 

@@ -12,6 +12,7 @@ import torch
 
 from megafish.config import Config, lay_over, parse_settings, validated
 from megafish.data.tokenizer import Tokenizer
+from megafish.decode.generate import for_decoding
 from megafish.errors import InputError
 from megafish.huggingface.importer import Described, load_model
 from megafish.model.load import STATE, checkpoint_of, load_run
@@ -73,7 +74,7 @@ def load_target(
     _check_overrides(path, overrides, trained=state is not None)
     loaded = load_run(path, step)
     config = loaded.run.load_config(list(overrides)) if overrides else loaded.config
-    return Target(path, loaded.model, loaded.tokenizer, config, loaded.run, loaded.step, state)
+    return Target(path, for_decoding(loaded.model), loaded.tokenizer, config, loaded.run, loaded.step, state)
 
 
 def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None) -> Target:
@@ -84,7 +85,7 @@ def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None
     if run.checkpoints.exists():
         raise InputError(f"{run.path}: holds a run: name another --output for the audit of {path}")
     config = validated(lay_over(_settings(name, found), parse_settings(list(overrides))), str(path))
-    return Target(path, model, found.tokenizer, config, run, 0, None)
+    return Target(path, for_decoding(model), found.tokenizer, config, run, 0, None)
 
 
 def _settings(name: str, found: Described) -> dict[str, Any]:

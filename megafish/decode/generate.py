@@ -59,6 +59,21 @@ def generate(
     return results
 
 
+@torch.no_grad()
+def for_decoding(model: Transformer) -> Transformer:
+    """Lay the matrices of a model that is only used for decoding out in the order that makes that fast; returns it.
+
+    A step of decoding multiplies a row a prompt by each matrix. For fp32 on a CPU and fewer than 64 rows, MKL takes two
+    to three times as long where the matrix has its rows one behind the other, as it is trained and stored; with its
+    columns so, the values are the same ones and the results as good. Not for a model that an optimizer holds, whose
+    buffers are its matrices.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.t().contiguous().t()
+    return model
+
+
 def generate_text(
     model: Transformer,
     tokenizer: Tokenizer,
