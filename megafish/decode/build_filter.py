@@ -86,8 +86,9 @@ def build_filter(
     parts = 1 << max(0, (tokens // PIECE).bit_length())
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
+    # A small corpus is done before other processes have started.
+    run = _Runner(1 if len(pieces) == 1 else workers or len(os.sched_getaffinity(0)), progress)
     try:
-        run = _Runner(workers or len(os.sched_getaffinity(0)), progress)
         run(_write_keys, [(piece, n, seed, parts, folder) for piece in pieces], "hash n-grams", "piece")
         counts = run(
             _gather, [(part, len(pieces), parts, minimum_count, folder) for part in range(parts)], "count", "part"
@@ -115,6 +116,7 @@ def build_filter(
         }
         write_filter(path, header, [folder / f"part_{part}.bits" for part in range(parts)])
     finally:
+        run.close()
         shutil.rmtree(folder, ignore_errors=True)
     return NgramFilter.open(path)
 
@@ -148,11 +150,20 @@ def _source(corpus: Corpus) -> dict[str, Any]:
 
 
 class _Runner:
-    """Calls a function with many arguments in processes, and shows how far it is."""
+    """Calls a function with many arguments in processes, and shows how far it is. The processes serve all calls."""
 
     def __init__(self, workers: int, progress: bool) -> None:
-        self._workers = workers
         self._progress = progress
+        self._pool = None
+        if workers > 1:
+            self._pool = ProcessPoolExecutor(
+                workers,
+                # Not forked: the caller may have threads, whose locks a fork would copy.
+                mp_context=get_context("spawn"),
+                # Ctrl-C reaches them as well; the main process decides.
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_IGN),
+            )
 
     def __call__(
         self, function: Callable[..., int], calls: Sequence[tuple[Any, ...]], what: str, unit: str
@@ -164,29 +175,23 @@ class _Runner:
                 bar.advance()
         return results
 
+    def close(self) -> None:
+        """End the processes, once they have done what they are at."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
     def _done(self, function: Callable[..., int], calls: Sequence[tuple[Any, ...]]) -> Iterable[tuple[int, int]]:
-        if self._workers == 1 or len(calls) == 1:
+        if self._pool is None:
             yield from ((number, function(*call)) for number, call in enumerate(calls))
             return
-        # Not forked: the caller may have threads, whose locks a fork would copy.
-        with ProcessPoolExecutor(
-            min(self._workers, len(calls)),
-            mp_context=get_context("spawn"),
-            # Ctrl-C reaches them as well; the main process decides.
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-        ) as pool:
-            pending = {pool.submit(function, *call): number for number, call in enumerate(calls)}
-            try:
-                for done in as_completed(pending):
-                    yield pending[done], done.result()
-            except BrokenProcessPool:
-                raise InputError(
-                    "a process that builds the filter was killed, perhaps for its memory: give fewer --workers"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pending = {self._pool.submit(function, *call): number for number, call in enumerate(calls)}
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that builds the filter was killed, perhaps for its memory: give fewer --workers"
+            ) from None
 
 
 def _write_keys(piece: _Piece, n: int, seed: int, parts: int, folder: Path) -> int:

@@ -286,9 +286,13 @@ def _choose_free(
     width = memfree.filter.n - 1
     texts = [[] if i is None else [*prompts[i][-width:], *results[i][-width:]] for i in active]
     blocked = memfree.blocked(texts)
+    going = torch.tensor([i is not None for i in active], device=scores.device)
+    likeliest = scores.argmax(-1)
+    rejected = blocked(likeliest[:, None])[:, 0]
+    memfree.count(rejected, going)
+    if sampler.temperature == 0.0 and not bool(rejected.any()):
+        return likeliest
     chosen = sampler.choose(scores, uniform, blocked)
-    going = torch.tensor([i is not None for i in active], device=chosen.device)
-    memfree.count(scores, chosen, going, blocked)
     return torch.where(going, chosen, chosen.clamp(min=0))
 
 

@@ -51,12 +51,9 @@ class MemFree:
 
         return find
 
-    def count(self, scores: torch.Tensor, chosen: torch.Tensor, going: torch.Tensor, blocked: Blocked) -> None:
-        """Count a step: scores [b, V], ids chosen [b], which rows are still going [b]."""
-        likeliest = scores.argmax(-1, keepdim=True)
-        # A token that was chosen is not blocked, so only others have to be looked up.
-        if bool((likeliest[:, 0] != chosen).any()):
-            self.rejected += int((blocked(likeliest)[:, 0] & going).sum())
+    def count(self, rejected: torch.Tensor, going: torch.Tensor) -> None:
+        """Count a step: where the likeliest token was blocked, and which rows are still going, bool [b] each."""
+        self.rejected += int((rejected & going).sum())
         self.tokens += int(going.sum())
 
 
