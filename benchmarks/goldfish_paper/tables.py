@@ -60,6 +60,8 @@ def _share(hits: int, total: int) -> str:
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return "too few texts"
     low, high = mean_interval(values)
     return f"{np.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
@@ -142,7 +144,7 @@ def _variants(found: Found) -> str:
         for style in STYLES:
             own = style.replace(" ", "_") + ".jsonl"
             scores = [item["rouge_l"] for run in found[name] for item in run.items if item["set"] == own]
-            cells.append(_mean(scores, 2) if scores else "none long enough")
+            cells.append(_mean(scores, 2))
         rows.append([name.removeprefix("variants, "), *cells])
     return table(rows, ["run", *STYLES])
 
