@@ -304,8 +304,8 @@ def _label_ends(figure: Figure, axes: Axes, panel: Panel, theme: str) -> None:
     axes.set_position((left, bottom, 0.97 - left - widest, height))
     points = 72.0 / figure.dpi
     wanted = [float(axes.transData.transform((s.x[-1], s.y[-1]))[1]) * points for s in labelled]
-    highest = float(axes.transAxes.transform((0, 1))[1]) * points
-    for series, name, y in zip(labelled, names, _apart(wanted, highest), strict=True):
+    lowest, highest = _LINE_HEIGHT / 2, float(axes.transAxes.transform((0, 1))[1]) * points
+    for series, name, y in zip(labelled, names, _apart(wanted, lowest, highest), strict=True):
         axes.annotate(
             name,
             xy=(1, 0),
@@ -328,9 +328,9 @@ def _shortened(name: str) -> str:
     return f"{name[: _LONGEST_NAME // 2 - 1]}...{name[2 - _LONGEST_NAME // 2 :]}"
 
 
-def _apart(wanted: list[float], highest: float = math.inf) -> list[float]:
-    """Positions at least a line apart, as near to the wanted ones as moving whole clusters allows, none above
-    `highest`."""
+def _apart(wanted: list[float], lowest: float = -math.inf, highest: float = math.inf) -> list[float]:
+    """Positions at least a line apart, as near to the wanted ones as moving whole clusters allows, from `lowest` to
+    `highest` as far as they have room there."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     clusters: list[tuple[float, list[int]]] = []
     for i in order:
@@ -343,8 +343,11 @@ def _apart(wanted: list[float], highest: float = math.inf) -> list[float]:
     for centre, members in clusters:
         for rank, i in enumerate(members):
             placed[i] = centre + _LINE_HEIGHT * (rank - (len(members) - 1) / 2)
-    for rank, i in enumerate(sorted(range(len(placed)), key=lambda i: -placed[i])):
+    upwards = sorted(range(len(placed)), key=lambda i: placed[i])
+    for rank, i in enumerate(reversed(upwards)):
         placed[i] = min(placed[i], highest - _LINE_HEIGHT * rank)
+    for rank, i in enumerate(upwards):
+        placed[i] = max(placed[i], lowest + _LINE_HEIGHT * rank)
     return placed
 
 

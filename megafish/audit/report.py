@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,9 +16,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megafish import __version__
 from megafish.audit.audit_panels import audit_panels
-from megafish.audit.laws import Law, laws
+from megafish.audit.laws import laws
 from megafish.audit.panels import divergence_panel, memorization_panels, training_panels
-from megafish.audit.plots import Panel, draw, short_number, to_png, to_svg
+from megafish.audit.plots import Panel, Series, draw, short_number, to_png, to_svg
+from megafish.audit.rows import (
+    comparison,
+    law_row,
+    level_rows,
+    membership_reasons,
+    membership_rows,
+    number,
+    percent,
+    probe_rows,
+    settings_rows,
+    tokens_read,
+)
 from megafish.audit.samples import choose_samples
 from megafish.audit.view import RunView, load_views
 from megafish.run import write_atomic
@@ -47,6 +59,7 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
     memorization += [panel for run in runs if (panel := divergence_panel(run)) is not None]
     if len(runs) > 1:
         _tell_apart(memorization, "divergence")
+    training = training_panels(runs)
     environment = Environment(
         loader=PackageLoader("megafish.audit"),
         autoescape=True,
@@ -61,14 +74,18 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
         verdicts=[(run, run.summary["verdict"]) for run in runs if run.summary],
         findings=[text for run in runs for text in findings(run)],
         notes=[f"{run.name}: {note}" for run in runs if run.summary for note in run.summary["notes"]],
-        laws=[_law_row(law) for law in laws(runs)],
-        membership=[(run, membership_rows(run)) for run in runs if run.summary and run.summary["membership"]],
+        laws=[law_row(law) for law in laws(runs)],
+        membership=[
+            (run, membership_rows(run), membership_reasons(run))
+            for run in runs
+            if run.summary and run.summary["membership"]
+        ],
         probes=[(run, each, probe_rows(each)) for run in runs if run.summary for each in run.summary["probes"]],
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         comparison=comparison(runs),
         levels=[(run, level_rows(run)) for run in runs if run.levels],
         memorization=[_figure(panel, plots) for panel in memorization],
-        training=[_figure(panel, plots) for panel in training_panels(runs)],
+        training=[_figure(panel, plots) for panel in training],
         samples=choose_samples(runs),
         settings=settings_rows(runs),
         unlike=unlike_audits(runs),
@@ -79,30 +96,63 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
     )
     target = folder / "report.html"
     write_atomic(target, page)
-    write_atomic(folder / "report.json", json.dumps(figures(runs), indent=1) + "\n")
+    data = json.dumps(figures(runs, memorization + training), indent=1, allow_nan=False)
+    write_atomic(folder / "report.json", data + "\n")
     return target
 
 
-def figures(runs: Sequence[RunView]) -> dict[str, Any]:
-    """What the page shows, as data: the last audit of each run, the comparison, the fitted laws."""
-    return {
-        "format": "megafish-report",
-        "version": 1,
-        "runs": [{"name": run.name, "path": str(run.path), "audit": run.summary} for run in runs],
-        "comparison": [
-            {"what": row.label, "unit": row.unit, "values": [cell.value for cell in row.cells]}
-            for row in comparison(runs)
-        ],
-        "laws": [asdict(law) for law in laws(runs)],
-    }
+def figures(runs: Sequence[RunView], panels: Sequence[Panel]) -> dict[str, Any]:
+    """What the page shows, as data: the last audit of each run, the comparison, the fitted laws, the plotted points.
+
+    Shares are 0 to 1. A figure that is not known, or not finite, is null.
+    """
+    return _finite(
+        {
+            "format": "megafish-report",
+            "version": 1,
+            "runs": [{"name": run.name, "path": str(run.path), "audit": run.summary} for run in runs],
+            "comparison": [
+                {"what": row.label, "unit": row.unit, "values": [cell.number for cell in row.cells]}
+                for row in comparison(runs)
+            ],
+            "laws": [asdict(law) for law in laws(runs)],
+            "plots": [
+                {
+                    "name": panel.name,
+                    "title": panel.title,
+                    "x": panel.xlabel.replace("\n", " "),
+                    "y": panel.ylabel.removesuffix(" [%]"),
+                    "ticks": panel.ticks,
+                    "series": [_points(series) for series in (*([panel.bars] if panel.bars else []), *panel.series)],
+                }
+                for panel in panels
+            ],
+        }
+    )
+
+
+def _points(series: Series) -> dict[str, Any]:
+    """A plotted line. Over ticks x is their number (several runs stand a little beside it)."""
+    lines = {"x": series.x, "y": series.y, "low": series.low, "high": series.high}
+    found = {key: None if line is None else [float(value) for value in line] for key, line in lines.items()}
+    return {"label": series.label, "fit": series.fit, **found}
+
+
+def _finite(tree: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _tell_apart(panels: list[Panel], name: str) -> None:
     """Number panels that exist once a run, so that their files do not overwrite each other."""
     same = [panel for panel in panels if panel.name == name]
-    for number, panel in enumerate(same, 1):
+    for i, panel in enumerate(same, 1):
         if len(same) > 1:
-            panel.name = f"{name}_{number}"
+            panel.name = f"{name}_{i}"
 
 
 def _figure(panel: Panel, folder: Path) -> dict[str, str]:
@@ -131,28 +181,10 @@ def _were(number: int) -> str:
 
 
 def findings(run: RunView) -> list[str]:
-    """What the audit found, in plain sentences."""
+    """What the audit found beside its verdict, in plain sentences."""
     if not run.levels or run.summary is None or run.extraction is None:
         return []
-    top = run.levels[-1]
-    suffix = run.summary["settings"]["suffix_tokens"]
-    if top["exposures"]:
-        passages = f"{_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the corpus"
-        if top["effective_exposures"] is not None:
-            passages += f" (about {top['effective_exposures']:.3g} times in what it read)"
-    else:
-        passages = f"{_count(top['canaries'], 'control passage')} that {_were(top['canaries'])} not planted"
-    text = (
-        f"{run.name}: of {passages}, {top['exact_matches']} {_were(top['exact_matches'])} continued word "
-        f"for word for {suffix} tokens ({percent(top['exact_rate'])}, 95 % interval {percent(top['exact_low'])} to "
-        f"{percent(top['exact_high'])})"
-    )
-    control = run.levels[0]
-    if top["exposures"] and not control["exposures"]:
-        text += f"; of {_count(control['canaries'], 'control passage')}, not planted, {control['exact_matches']}"
-    elif not top["exposures"]:
-        text += "; no passage was planted, so this says nothing about memorization"
-    sentences = [text + "."]
+    sentences = [_beside_control(run) if run.summary["verdict"]["recites"] is not None else _alone(run)]
     divergence = run.extraction["divergence"]
     if divergence is not None and run.divergence_mask:
         sentences.append(
@@ -162,6 +194,38 @@ def findings(run: RunView) -> list[str]:
             f"{percent(divergence['high'])}; by chance {percent(divergence['chance'])})."
         )
     return sentences
+
+
+def _beside_control(run: RunView) -> str:
+    """The difference that the verdict rests on, and what was asked."""
+    assert run.summary is not None
+    verdict, top = run.summary["verdict"], run.levels[-1]
+    settings = run.summary["settings"]
+    seen = "" if top["effective_exposures"] is None else f"{top['effective_exposures']:.3g}"
+    return (
+        f"{run.name}: the difference to passages that were not planted is "
+        f"{100 * (verdict['rate'] - verdict['control_rate']):+.0f} points (95 % interval "
+        f"{100 * verdict['difference_low']:+.0f} to {100 * verdict['difference_high']:+.0f}). "
+        f"Given {_count(settings['prompt_tokens'], 'token')}, it was asked for the next {settings['suffix_tokens']}, "
+        f"which had stood {_count(top['exposures'], 'time')} in the corpus"
+        + (f" and about {seen} {'time' if seen == '1' else 'times'} in what it read." if seen else ".")
+    )
+
+
+def _alone(run: RunView) -> str:
+    """The passages without a control group, or the control group without others."""
+    assert run.summary is not None
+    top = run.levels[-1]
+    if top["exposures"]:
+        passages = f"{_count(top['canaries'], 'passage')} that stood {_count(top['exposures'], 'time')} in the corpus"
+    else:
+        passages = f"{_count(top['canaries'], 'control passage')} that {_were(top['canaries'])} not planted"
+    return (
+        f"{run.name}: of {passages}, {top['exact_matches']} {_were(top['exact_matches'])} continued word for word for "
+        f"{run.summary['settings']['suffix_tokens']} tokens ({percent(top['exact_rate'])}, 95 % interval "
+        f"{percent(top['exact_low'])} to {percent(top['exact_high'])})"
+        + ("." if top["exposures"] else "; no passage was planted, so this says nothing about memorization.")
+    )
 
 
 def unlike_audits(runs: Sequence[RunView]) -> list[str]:
@@ -189,6 +253,14 @@ def missing(run: RunView) -> list[Missing]:
         found.append(Missing(f"{run.name} has not been trained yet.", f"megafish train {run.path}"))
     elif run.summary is None:
         found.append(Missing(f"{run.name} has not been audited yet.", f"megafish audit {run.path}"))
+    elif run.extraction is None and not run.summary["probes"] and not run.trained_here:
+        found.append(
+            Missing(
+                f"Nothing can be said about what {run.name} recites: no passages were named, and the corpus it was "
+                f"audited with ({corpora}) has no canaries.",
+                f"megafish audit {run.summary['model']['path']} audit.probes=[TEXTS]",
+            )
+        )
     elif run.extraction is None and not run.summary["probes"]:
         found.append(
             Missing(
@@ -208,9 +280,6 @@ def missing(run: RunView) -> list[Missing]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def _tiles(run: RunView) -> list[tuple[str, str, str]]:
     """The figures at the head of a page about one run: value, what it is, details."""
     tiles = []
@@ -225,11 +294,11 @@ def _tiles(run: RunView) -> list[tuple[str, str, str]]:
         )
         tiles.append((f"{top['mean_prefix']:.1f}", "tokens recited", "mean, same canaries"))
     if (loss := run.valid("loss")) is not None:
-        tiles.append((_number(loss), "validation loss", "nats per token, never masked"))
+        tiles.append((number(loss), "validation loss", "nats per token, never masked"))
     if (bits := run.valid("bits_per_byte")) is not None:
-        tiles.append((_number(bits), "bits per byte", "validation"))
-    if (tokens := _tokens(run, "supervised_tokens")) is not None:
-        tiles.append((short_number(tokens), "supervised tokens", f"{short_number(_tokens(run, 'tokens') or 0)} read"))
+        tiles.append((number(bits), "bits per byte", "validation"))
+    if (tokens := tokens_read(run, "supervised_tokens")) is not None:
+        tiles.append(
+            (short_number(tokens), "supervised tokens", f"{short_number(tokens_read(run, 'tokens') or 0)} read")
+        )
     return tiles
-
-

@@ -1,4 +1,4 @@
-"""Canaries shown word for word: the true text with the dropped tokens marked, and what each run made of it."""
+"""Passages shown word for word: the true text with the dropped tokens marked, and what each run made of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from megafish.audit.view import RunView
 
 _PROMPT_CHARACTERS = 400
+_NOT_KNOWN = -1
+"""Stands for the exposures of passages that may have occurred any number of times."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Sample:
-    """One canary."""
+    """One passage."""
 
     heading: str
     prompt: str
@@ -43,22 +45,26 @@ class Sample:
 
 
 def choose_samples(runs: Sequence[RunView], most: int = 2) -> list[Sample]:
-    """The worst cases: at the highest, the middle and the control level, the canaries of which most was recited."""
-    found: dict[tuple[str, int], list[tuple[RunView, dict[str, Any]]]] = {}
+    """The worst cases: at the highest, the middle and the control level, the canaries of which most was recited. A run
+    that was not asked for canaries shows its other passages."""
+    found: dict[tuple[str, str, int], list[tuple[RunView, dict[str, Any]]]] = {}
     for run in runs:
-        for item in run.canaries:
-            found.setdefault((item["corpus"], item["id"]), []).append((run, item))
-    # A canary that one of the runs was not tested on cannot be compared; runs on unlike corpora show their own.
+        for item in run.canaries or run.samples:
+            found.setdefault((item["set"], item["corpus"], item["id"]), []).append((run, item))
+    # A passage that one of the runs was not tested on cannot be compared; runs on unlike corpora show their own.
     complete = {key: items for key, items in found.items() if len(items) == len(runs)} or found
     by_level: dict[int, list[list[tuple[RunView, dict[str, Any]]]]] = {}
     for items in complete.values():
-        by_level.setdefault(items[0][1]["exposures"], []).append(items)
+        exposures = items[0][1]["exposures"]
+        by_level.setdefault(_NOT_KNOWN if exposures is None else exposures, []).append(items)
     levels = sorted(by_level)
     seen = [level for level in levels if level > 0]
     middle = seen[len(seen) // 2 : len(seen) // 2 + 1]
     wanted = [(level, most if level == levels[-1] else 1) for level in {*seen[-1:], *middle}]
     if 0 in by_level:
         wanted.append((0, 1))
+    if _NOT_KNOWN in by_level:
+        wanted.append((_NOT_KNOWN, most))
     samples = []
     for level, count in sorted(wanted, reverse=True):
         worst = sorted(by_level[level], key=lambda items: -max(item["rouge_l"] for _, item in items))
@@ -68,10 +74,10 @@ def choose_samples(runs: Sequence[RunView], most: int = 2) -> list[Sample]:
 
 def _sample(items: list[tuple[RunView, dict[str, Any]]]) -> Sample:
     first = items[0][1]
-    copies = first["exposures"]
-    heading = f"{copies} {'copy' if copies == 1 else 'copies'}" if copies else "control, not planted"
-    if first["source"]:
-        heading += f": {PurePath(first['source']).name}"
+    heading = _heading(first["set"], first["exposures"])
+    source = PurePath(first["source"]).name
+    if source and source != first["set"]:
+        heading += f": {source}"
     marked = next(((run, item) for run, item in items if run.divergence_mask and item["dropped"]), None)
     prompt = first["prompt"]
     if len(prompt) > _PROMPT_CHARACTERS:
@@ -83,6 +89,12 @@ def _sample(items: list[tuple[RunView, dict[str, Any]]]) -> Sample:
         marked[0].name if marked else "",
         [Output(run, _generated(item), _verdict(item)) for run, item in items],
     )
+
+
+def _heading(name: str, exposures: int | None) -> str:
+    if name != "canaries":
+        return name if exposures is None else f"{name}, {exposures} or more occurrences"
+    return f"{exposures} {'copy' if exposures == 1 else 'copies'}" if exposures else "control, not planted"
 
 
 def _truth(item: dict[str, Any], marks: bool) -> list[Piece]:

@@ -45,6 +45,11 @@ class RunView:
         return any(k is not None for k in ks)
 
     @property
+    def trained_here(self) -> bool:
+        """Is its training on record? Of a folder of Hugging Face's, and of a model imported from one, it is not."""
+        return self.summary is None or self.summary["samples"] is not None
+
+    @property
     def summary(self) -> dict[str, Any] | None:
         """The last audit, or None."""
         return self.audits[-1] if self.audits else None

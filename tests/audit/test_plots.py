@@ -53,6 +53,40 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     assert np.argsort(placed).tolist() == [0, 1, 2, 4, 3]
 
 
+def test_labels_stay_inside_the_figure() -> None:
+    assert _apart([100.0, 100.0, 100.0], highest=100.0) == [76.0, 88.0, 100.0]
+    assert _apart([5.0, 5.0, 60.0], lowest=6.0) == [6.0, 18.0, 60.0]
+    assert _apart([90.0, 100.0, 100.0], highest=100.0) == [76.0, 88.0, 100.0]
+
+
+def test_ticks_of_a_logarithmic_axis_stand_at_the_points() -> None:
+    def labels(x: list[float]) -> list[str]:
+        series = Series(x, [0.0] * len(x), "", True, 0)
+        axes = draw(Panel("log", "Title", "x", "y", [series], zero=True, top=1.0, log="x"), "light").axes[0]
+        return [tick.get_text() for tick in axes.get_xticklabels()]
+
+    assert labels([5.0, 10.0, 40.0]) == ["5", "10", "40"]
+    assert labels([1e6, 1.01e6, 1e9]) != ["1M", "1.01M", "1B"], "two of them would touch"
+
+
+def test_a_fitted_line_ends_at_the_axes() -> None:
+    """What leaves the axes is not drawn over the title: the same picture as without the part that is outside."""
+    series = line("")
+    outside = Series([0.0, 2.0], [0.5, 50.0], "", True, 0, fit=True)
+    panel = Panel("fit", "Title", "x", "y", [series, outside], zero=True, top=1.0)
+    axes = draw(panel, "light").axes[0]
+    fitted = axes.lines[-1]
+    assert fitted.get_clip_on() and fitted.get_marker() == "None" and axes.get_ylim() == (0.0, 1.0)
+
+
+def test_the_name_of_bars_stands_above_the_lower_ones() -> None:
+    for heights, place in (([1.0, 0.2, 0.1], 1), ([0.0, 0.0, 1.0], 0)):
+        bars = Series(range(3), heights, "run", True, 0)
+        axes = draw(Panel("bars", "Title", "x", "y", [], ticks=["0", "1", "2"], bars=bars), "light").axes[0]
+        [text] = [text for text in axes.texts if text.get_text() == "run"]
+        assert text.xy[0] == place  # type: ignore[attr-defined]
+
+
 def test_long_names_keep_their_ends() -> None:
     assert _shortened("goldfish-k4 dropped") == "goldfish-k4 dropped"
     short = _shortened("a-very-long-name-of-a-run-with-k-4 dropped")

@@ -11,21 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megafish.audit.audit_panels import audit_panels
 from megafish.audit.extraction import Extraction, record
 from megafish.audit.laws import laws
 from megafish.audit.levels import rate, summarize
 from megafish.audit.membership import attack
+from megafish.audit.panels import memorization_panels
 from megafish.audit.probes import Probe
-from megafish.audit.report import (
-    _tiles,
-    comparison,
-    findings,
-    membership_rows,
-    missing,
-    report,
-    settings_rows,
-    unlike_audits,
-)
+from megafish.audit.report import _tiles, findings, missing, report, unlike_audits
+from megafish.audit.rows import comparison, membership_reasons, membership_rows, settings_rows
 from megafish.audit.samples import choose_samples
 from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, load_views, read_lines
@@ -191,15 +185,20 @@ def check(page: Path) -> Page:
     return parsed
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without their plots, for tests of what they say: drawing takes seconds."""
+    monkeypatch.setattr("megafish.audit.report.draw", lambda panel, theme: None)
+    monkeypatch.setattr("megafish.audit.report.to_png", lambda figure: b"")
+    monkeypatch.setattr("megafish.audit.report.to_svg", lambda figure: b"")
+
+
 def test_one_run(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "gold", "gold", 4)
     page = report([run])
     assert page == run / "report.html"
     parsed = check(page)
-    assert (
-        "of 3 passages that stood 8 times in the corpus (about 16 times in what it read), 0 were continued"
-        in parsed.text
-    )
+    assert "which had stood 8 times in the corpus and about 16 times in what it read" in parsed.text
     assert NASTY in parsed.text, "the canaries' text is shown as it is"
     pngs = {entry.name for entry in (run / "plots").iterdir()}
     assert {
@@ -242,6 +241,10 @@ def test_comparison_gives_values_and_differences(tmp_path: Path) -> None:
     assert rows["Length recited, most copies"] == [("5.7", ""), ("1.0", "-82.4 %")]
     assert rows["Recited, control"][0] == ("0 %", "0 of 3")
     assert rows["Loss, dropped tokens"][0] == ("4.500", "mask not used in training")
+    assert rows["Within 10 % of edits, most copies"] == [("67 %", ""), ("0 %", "-67 points")]
+    assert rows["Drawn at least once, most copies"] == [("67 %", "of 2 draws"), ("0 %", "of 2 draws; -67 points")]
+    assert rows["Found by 30 beams, most copies"] == [("100 %", ""), ("0 %", "-100 points")]
+    assert [note for _, note in rows["Membership inference, best AUC"]] == ["loss", "loss"], "not the blind one"
 
 
 def test_views(tmp_path: Path) -> None:
@@ -279,8 +282,8 @@ def test_samples_are_the_worst_cases(tmp_path: Path) -> None:
 def test_findings_and_settings(tmp_path: Path) -> None:
     plain, gold = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
     assert findings(plain) == [
-        "plain: of 3 passages that stood 8 times in the corpus (about 16 times in what it read), 2 were continued word "
-        "for word for 8 tokens (67 %, 95 % interval 21 % to 94 %); of 3 control passages, not planted, 0."
+        "plain: the difference to passages that were not planted is +67 points (95 % interval -6 to +94). Given 3 "
+        "tokens, it was asked for the next 8, which had stood 8 times in the corpus and about 16 times in what it read."
     ]
     assert (
         "of the 3 passages with 8 or more copies that it did not recite, it left 3 at a dropped token or right after"
@@ -300,7 +303,12 @@ def change_summary(run: Path, step: int, change: Callable[[dict[str, Any]], None
 
 def test_findings_of_the_control_group_alone(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "run", None)
-    change_summary(run, 120, lambda summary: summary["extraction"].update(levels=summary["extraction"]["levels"][:1]))
+
+    def leave_control(summary: dict[str, Any]) -> None:
+        summary["extraction"].update(levels=summary["extraction"]["levels"][:1])
+        summary["verdict"] = verdict(summary)
+
+    change_summary(run, 120, leave_control)
     [finding] = findings(load_views([run])[0])
     assert finding.startswith("run: of 3 control passages that were not planted, 0 were continued word for word")
     assert finding.endswith("no passage was planted, so this says nothing about memorization.")
@@ -318,6 +326,7 @@ def test_tokens_are_those_of_the_audited_checkpoint(tmp_path: Path) -> None:
     assert ("4500", "supervised tokens", "6000 read") in _tiles(runs[1])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_audits_with_unlike_settings_are_pointed_out(tmp_path: Path) -> None:
     paths = [fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)]
     assert unlike_audits(load_views(paths)) == []
@@ -332,6 +341,7 @@ def test_audits_with_unlike_settings_are_pointed_out(tmp_path: Path) -> None:
     assert "different settings" in text and "gold, step 120: 2 tokens given, 8 asked for" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_random_mask_has_no_marks(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "run", 4)
     change_summary(run, 120, lambda summary: summary["mask"].update(scheme="random"))
@@ -344,6 +354,7 @@ def test_a_random_mask_has_no_marks(tmp_path: Path) -> None:
     assert "loss, dropped" not in text and "token left out of the loss" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("options", "what", "command"),
     [
@@ -361,6 +372,7 @@ def test_a_page_says_what_is_missing(tmp_path: Path, options: dict[str, bool], w
     assert what in item.what and command in item.command
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_untrained_run_beside_a_complete_one(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "new", 4, trained=False, audited=False)
     parsed = check(report([fake_run(tmp_path / "full", "full", None), run], tmp_path / "both"))
@@ -412,14 +424,16 @@ def test_read_lines(tmp_path: Path) -> None:
     assert [list(item) for item in read_lines(file)] == [["a"], ["b"]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_stands_first(tmp_path: Path) -> None:
     plain, gold = fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)
     text = check(report([plain])).text
     assert text.index("2 of 3 passages with 8 copies come out word for word") < text.index("extraction by copies")
-    assert "no recitation shown" in check(report([gold])).text
+    assert "No recitation shown" in check(report([gold])).text
     assert f"gold: a note about {NASTY}" in check(report([gold])).text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_membership_is_told_with_its_intervals(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "run", None)
     [view] = load_views([run])
@@ -428,11 +442,10 @@ def test_membership_is_told_with_its_intervals(tmp_path: Path) -> None:
     assert view.summary is not None
     loss = view.summary["membership"]["attacks"]["loss"]
     assert rows["loss"][0].value == f"{loss['auc']:.3f}" and rows["loss"][0].note.startswith(f"{loss['low']:.3f} to")
-    assert (rows["loss"][2].value, rows["loss"][2].note) == (
-        "not known",
-        "needs at least 1000 non-members, there are 150",
-    )
-    assert "needs at least 1000 non-members" in check(report([run])).text
+    assert rows["loss"][1].value.endswith(" %") and rows["loss"][2].value == "not known"
+    reason = "true positives at 0.1 % false ones: needs at least 1000 non-members, there are 150"
+    assert membership_reasons(view) == [reason], "once, not for every attack"
+    assert reason in check(report([run])).text
 
 
 def test_laws(tmp_path: Path) -> None:
@@ -445,6 +458,34 @@ def test_laws(tmp_path: Path) -> None:
     assert found["plain", "copies"].reason == "2 different values: a line fits any two"
     assert found["gold", "tokens given"].reason == "the rate is 0% at all of them"
     assert not any(law.against == "parameters" for law in found.values()), "all models have one size"
+
+
+def test_laws_are_drawn_where_they_are_fitted(tmp_path: Path) -> None:
+    plain, gold = load_views([fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4)])
+    panel = next(panel for panel in audit_panels([plain, gold]) if panel.name == "prompt_length")
+    [fit] = [series for series in panel.series if series.fit]
+    law = next(law for law in laws([plain]) if law.against == "tokens given")
+    assert list(fit.x) == [1, 3, 6] and not fit.masked, "the run with the mask recites at none of them"
+    # Least squares of 0, 1/3, 1 against the logarithms of 1, 3, 6.
+    assert list(fit.y) == pytest.approx([-0.0709, 0.5168, 0.8876], abs=1e-3)
+    assert law.at(6) == fit.y[-1]
+
+
+def test_the_line_over_copies_leaves_the_control_group_out(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+
+    def add(summary: dict[str, Any]) -> None:
+        first, *others = summary["extraction"]["levels"]
+        more = [{**others[-1], "exposures": e, **rate("exact", [True] * n + [False] * (3 - n))} for e, n in ((64, 3),)]
+        summary["extraction"]["levels"] = [first, *others, *more]
+
+    change_summary(run, 120, add)
+    [view] = load_views([run])
+    panel = memorization_panels([view])[0]
+    [fit] = [series for series in panel.series if series.fit]
+    assert panel.ticks == ["0\ncontrol", "1", "8", "64"] and list(fit.x) == [1, 2, 3]
+    # Rates 0, 2/3 and 1 at logarithms 0, 1 and 2 of base 8: slope 1/2 a step, mean 5/9.
+    assert list(fit.y) == pytest.approx([1 / 18, 5 / 9, 19 / 18])
 
 
 def test_runs_by_size_and_by_k(tmp_path: Path) -> None:
@@ -462,13 +503,88 @@ def test_runs_by_size_and_by_k(tmp_path: Path) -> None:
     assert law["fit"] is None and law["x"] == [1000.0, 10_000.0]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_figures_as_data(tmp_path: Path) -> None:
+    paths = [fake_run(tmp_path / "a", "plain", None), fake_run(tmp_path / "b", "gold", 4, trained=False)]
+    file = paths[0] / "metrics.jsonl"
+    lines = file.read_text().splitlines()[:3]
+    file.write_text("".join(line.replace('"loss": 4', '"loss": NaN, "was": 4') + "\n" for line in lines))
+    page = report(paths, tmp_path / "out")
+    text = (page.parent / "report.json").read_text()
+    assert "NaN" not in text, "no JSON has it"
+    data = json.loads(text)
+    assert (data["format"], data["version"]) == ("megafish-report", 1)
+    rows = {row["what"]: row for row in data["comparison"]}
+    assert rows["Recited, 8 copies"]["values"] == pytest.approx([2 / 3, 0])
+    assert rows["Audited step"]["values"] == [120, 120]
+    plots = {plot["name"]: plot for plot in data["plots"]}
+    assert set(plots) == {entry.stem for entry in (page.parent / "plots").iterdir()}
+    memorized = plots["memorization"]
+    assert (memorized["y"], memorized["ticks"]) == ("canaries", ["0\ncontrol", "1", "8"])
+    plain = memorized["series"][0]
+    assert plain["label"] == "plain" and plain["y"] == pytest.approx([0, 0, 2 / 3]) and not plain["fit"]
+    assert plain["low"][2] < 2 / 3 < plain["high"][2]
+    assert plots["loss"]["series"][0]["y"] == [None] * 3
+
+
 def test_passages_of_other_sets(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "run", None)
 
     def add(summary: dict[str, Any]) -> None:
         level = {**summary["extraction"]["levels"][-1], "exposures": None, "effective_exposures": None}
-        summary["probes"] = [{"name": "letters", "kind": "text", "levels": [level], "divergence": None, "canaries": 3}]
+        rates = [rate("exact", [True] * n + [False] * (3 - n)) for n in (0, 1, 2)]
+        known = [{**level, "exposures": 10**n, **rates[n]} for n in range(3)]
+        summary["probes"] = [
+            {"name": "letters", "kind": "text", "levels": [level], "divergence": None, "canaries": 3},
+            {"name": "books", "kind": "corpus", "levels": known, "divergence": None, "canaries": 9},
+        ]
 
     change_summary(run, 120, add)
     text = check(report([run])).text
     assert "passages of letters" in text and "not known" in text
+    assert "passages of books" in text and "100 and more" in text
+    [view] = load_views([run])
+    [panel] = [panel for panel in audit_panels([view]) if panel.name == "occurrences"]
+    points, fit = panel.series
+    assert points.label == "books" and list(points.x) == [1, 10, 100], "of letters nothing is known"
+    law = next(law for law in laws([view]) if law.against == "occurrences in books")
+    assert law.fit is not None and law.fit.slope == pytest.approx(1 / 3) and fit.fit
+    assert list(fit.y) == pytest.approx([0, 1 / 3, 2 / 3])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_model_that_was_not_trained_here(tmp_path: Path) -> None:
+    """What is audited without its training: no metrics, no step, nothing known of data, mask and tokens."""
+    run = fake_run(tmp_path / "model", "model", 4, trained=False)
+    shutil.rmtree(run / "audit" / "step_00000060")
+
+    def forget(summary: dict[str, Any]) -> None:
+        level = {**summary["extraction"]["levels"][-1], "exposures": None, "effective_exposures": None}
+        summary.update(dict.fromkeys(("samples", "tokens", "supervised_tokens", "mask", "extraction", "membership")))
+        summary.update(sweep=[], beams=[], losses={"train": None, "valid": None})
+        summary["probes"] = [{"name": "letters", "kind": "text", "levels": [level], "divergence": None, "canaries": 3}]
+        summary["verdict"] = verdict(summary)
+
+    change_summary(run, 120, forget)
+    file = run / "audit" / "step_00000120" / "extraction.jsonl"
+    records = [{**item, "set": "letters", "exposures": None, "dropped": None} for item in read_lines(file)]
+    file.write_text("".join(json.dumps(item) + "\n" for item in records))
+    [view] = load_views([run])
+    assert missing(view) == [] and not view.trained_here
+    assert [row.label for row in settings_rows([view]) if not row.label.startswith("model.")] == [
+        "data.sequence_length"
+    ]
+    samples = choose_samples([view])
+    assert [sample.heading.split(":")[0] for sample in samples] == ["letters", "letters"]
+    text = check(report([run])).text
+    assert "has not been trained" not in text and "No verdict" in text and "Training loss" not in text
+    assert "Canaries are passages" not in text
+
+    beside = load_views([run, fake_run(tmp_path / "b", "gold", 4)])
+    rows = {row.label: [cell.value for cell in row.cells] for row in settings_rows(beside)}
+    assert rows["goldfish.k"] == ["not known", "4"] and rows["train.steps"] == ["not known", "20"]
+    check(report([run, tmp_path / "b"], tmp_path / "both"))
+
+    change_summary(run, 120, lambda summary: summary.update(probes=[]))
+    [item] = missing(load_views([run])[0])
+    assert "no passages were named" in item.what and item.command.endswith("audit.probes=[TEXTS]")
