@@ -591,6 +591,11 @@ class AuditConfig(Section):
     seed: Seed = 0
     """Seed of the passages, the texts and the drawn continuations."""
 
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_lists(self) -> AuditConfig:
         for key, least in (("prompt_lengths", 1), ("offsets", 0), ("beams", 2)):

@@ -3,9 +3,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from megafish.audit.statistics import wilson_interval
 
 from megafish.audit.levels import rate, summarize
+from megafish.audit.statistics import wilson_interval
 from tests.audit.helpers import extraction
 
 

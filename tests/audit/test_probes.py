@@ -69,6 +69,10 @@ def settings(**values: object) -> AuditConfig:
     return AuditConfig.model_validate({"prompt_tokens": 6, "suffix_tokens": 4, **values})
 
 
+def test_one_source_needs_no_brackets() -> None:
+    assert settings(probes="/corpus").probes == settings(probes=["/corpus"]).probes == ["/corpus"]
+
+
 def test_longest() -> None:
     assert longest(settings()) == 10
     assert longest(settings(prompt_lengths=[3, 12], offsets=[0, 5])) == 12 + 4 + 5
