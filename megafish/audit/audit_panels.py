@@ -305,11 +305,14 @@ def _by_size(runs: Sequence[RunView]) -> Panel | None:
 
 
 def _by_k(runs: Sequence[RunView]) -> Panel | None:
-    """Runs by the k of their mask; one without a mask stands at the right end."""
+    """Runs by the k of their mask; one without a mask stands at the right end, one whose sources alone name a k
+    nowhere."""
     own = []
     for run in runs:
         if run.levels and run.summary is not None and run.summary["mask"] is not None:
-            own.append((float(run.summary["mask"]["k"]) if run.masked else math.inf, run))
+            k = run.summary["mask"]["k"] if run.masked else math.inf
+            if k is not None:
+                own.append((float(k), run))
     own.sort(key=lambda pair: pair[0])
     ks = sorted({k for k, _ in own})
     if sum(k < math.inf for k in ks) < 2:

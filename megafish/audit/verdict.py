@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megafish.audit.rows import percent
 from megafish.audit.statistics import difference_interval
 
 
@@ -23,7 +24,9 @@ def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     )
     recites = low > 0
     found = f"{most['exact_matches']} of {most['canaries']} passages with {most['exposures']} copies"
-    interval = f"{most['exact_rate']:.0%}, 95 % interval {most['exact_low']:.0%} to {most['exact_high']:.0%}"
+    interval = (
+        f"{percent(most['exact_rate'])}, 95 % interval {percent(most['exact_low'])} to {percent(most['exact_high'])}"
+    )
     beside = f"{control['exact_matches']} of {control['canaries']} that were not planted"
     said = "it recites" if recites else "no recitation shown"
     return {

@@ -89,7 +89,8 @@ def test_losses(plain: AuditResult, goldfish: AuditResult) -> None:
 def test_files(plain: AuditResult, runs: Runs) -> None:
     assert plain.folder == runs.plain / "audit" / f"step_{STEP:08d}"
     assert json.loads((plain.folder / "summary.json").read_text()) == plain.summary
-    assert {"memorization.png", "extraction.jsonl"} <= {entry.name for entry in plain.folder.iterdir()}
+    names = {entry.name for entry in plain.folder.iterdir()}
+    assert {"memorization.png", "rouge_l_histogram.png", "extraction.jsonl"} <= names
     assert [entry.name for entry in plain.folder.parent.iterdir()] == [plain.folder.name]
     assert plain.summary["supervised_tokens"] == 10_000 and plain.summary["samples"] == SAMPLES
     items = lines(plain.folder)
