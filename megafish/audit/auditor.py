@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megafish.audit.continuation import continue_greedily
 from megafish.audit.extraction import Extraction
 from megafish.audit.losses import held_out, kept_and_dropped
 from megafish.audit.members import choose_members
@@ -116,14 +117,6 @@ class Auditor:
         """Continue every passage of a set."""
         settings, probes = self.settings, each.probes
         prompts, suffixes = split_probes(probes, settings.prompt_tokens, settings.suffix_tokens)
-        outputs = generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=settings.suffix_tokens,
-            batch_size=settings.batch_size,
-            progress=self.progress,
-        )
         texts = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
         scores = token_scores(
             self.model,
@@ -134,6 +127,15 @@ class Auditor:
             top_p=settings.top_p,
             progress=self.progress,
         )
+        outputs = continue_greedily(
+            self.model,
+            self.tokenizer,
+            prompts,
+            suffixes,
+            scores,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+        )
         # Only a passage that is a whole document has its context, and so its mask, wherever it stands.
         dropped = [self._dropped(probe) if each.kind == "canaries" else None for probe in probes]
         own = slice(-settings.suffix_tokens, None)
@@ -142,9 +144,7 @@ class Auditor:
         drawn = [score.sampled_log_prob for score in scores]
         chances = [float(row[own].sum()) for row in drawn if row is not None]
         hits = self._hits(prompts, suffixes)
-        fields = zip(
-            probes, prompts, suffixes, map(list, outputs), dropped, losses, correct, chances, hits, strict=True
-        )
+        fields = zip(probes, prompts, suffixes, outputs, dropped, losses, correct, chances, hits, strict=True)
         return [Extraction(*each) for each in fields]
 
     def _hits(self, prompts: list[list[int]], suffixes: list[list[int]]) -> list[list[int]]:

@@ -29,7 +29,9 @@ class TokenScores:
     log_prob: np.ndarray
     """float64, log-probability [nats]."""
     correct: np.ndarray
-    """bool, is it the most probable token (of equal ones the first, as in greedy decoding)?"""
+    """bool, is it the most probable token?"""
+    likeliest: np.ndarray
+    """int64, the most probable token (of equal ones the first, as in greedy decoding)."""
     mean: np.ndarray | None = None
     """float64, expectation of the log-probability over the vocabulary, sum_v p_v log p_v."""
     std: np.ndarray | None = None
@@ -103,9 +105,11 @@ def _score_rows(
     """Fields of TokenScores of some rows: hidden [n, D], targets [n]."""
     logits = model.head(hidden)[:, : model.vocab_size]
     log_probs = torch.log_softmax(logits, dim=-1)
+    likeliest = logits.argmax(-1)
     found = {
         "log_prob": log_probs.gather(1, targets[:, None]).squeeze(1).double(),
-        "correct": logits.argmax(-1) == targets,
+        "correct": likeliest == targets,
+        "likeliest": likeliest,
     }
     if moments:
         probs = log_probs.exp()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megafish.data.tokenizer import Tokenizer
-from megafish.decode.memfree import Blocked, MemFree, first_allowed
+from megafish.decode.memfree import Blocked, Context, MemFree, draw_allowed, first_allowed
 from megafish.errors import InputError
 from megafish.model.transformer import KVCache, Transformer
 from megafish.progress import Track, track
@@ -20,7 +20,7 @@ def generate(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -35,8 +35,8 @@ def generate(
     temperature 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature), limited
     to the top_k most probable ones and to the smallest set whose probability reaches top_p (Holtzman et al. 2020). A
     continuation ends before the tokenizer's end-of-text token, before a stop id, before the first occurrence of a
-    stop string, or after max_new_tokens. What prompt i yields depends on (seed, i) and not on the batch it is in, up
-    to rounding in the matrix products.
+    stop string, or after max_new_tokens (one number, or one a prompt). What prompt i yields depends on (seed, i) and
+    not on the batch it is in, up to rounding in the matrix products.
 
     tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal. memfree: a
     filter of n-grams, none of which is completed: their tokens count as impossible, before top_k and top_p. A
@@ -44,8 +44,11 @@ def generate(
     Raises InputError for an empty prompt, an id outside the vocabulary and values out of range.
     """
     sampler = Sampler(temperature, top_k, top_p)
-    if max_new_tokens < 1 or batch_size < 1:
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if min(limits, default=1) < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
+    if len(limits) != len(prompts):
+        raise InputError(f"max_new_tokens: {len(limits)} numbers for {len(prompts)} prompts")
     if seed < 0:
         raise InputError(f"seed={seed}: must be 0 or above")
     check_prompts(prompts, model.vocab_size)
@@ -55,7 +58,7 @@ def generate(
     with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            generate_batch(model, prompts, rows, max_new_tokens, sampler, ending, seed, results, bar, memfree)
+            generate_batch(model, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
     return results
 
 
@@ -129,13 +132,15 @@ class Sampler:
         distribution. blocked: tells which candidates are impossible; -1 where all are."""
         if self.temperature == 0.0:
             return logits.argmax(-1) if blocked is None else first_allowed(logits, 1, blocked)[1].squeeze(1)
-        if blocked is not None:
-            # Blocked tokens are put last: what follows never reaches them.
-            values, places = first_allowed(logits, self.top_k or logits.shape[1], blocked)
-            ids, cumulative, last = self._allowed(values)
-            chosen = self._draw(ids, cumulative, last, uniform)
-            return places.gather(1, chosen[:, None]).squeeze(1)
-        return self._draw(*self._allowed(logits), uniform)
+        if blocked is None:
+            return self._draw(*self._allowed(logits), uniform)
+        if self.top_k is None:
+            return draw_allowed(logits, self.temperature, self.top_p, uniform, blocked)
+        # Blocked tokens are put last: what follows never reaches them.
+        values, places = first_allowed(logits, self.top_k, blocked)
+        ids, cumulative, last = self._allowed(values)
+        chosen = self._draw(ids, cumulative, last, uniform)
+        return places.gather(1, chosen[:, None]).squeeze(1)
 
     @staticmethod
     def _draw(ids: torch.Tensor, cumulative: torch.Tensor, last: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -216,7 +221,7 @@ def generate_batch(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
-    max_new_tokens: int,
+    limits: Sequence[int],
     sampler: Sampler,
     ending: Ending,
     seed: int,
@@ -224,7 +229,7 @@ def generate_batch(
     bar: Track,
     memfree: MemFree | None = None,
 ) -> None:
-    """Continue the prompts `rows`, which fit one batch, into `results`."""
+    """Continue the prompts `rows`, which fit one batch, by at most `limits` tokens (one a prompt) into `results`."""
     weight = model.embedding.weight
     device = weight.device
     lengths = [len(prompts[i]) for i in rows]
@@ -232,20 +237,24 @@ def generate_batch(
     for row, i in enumerate(rows):
         tokens[row, : lengths[row]] = torch.as_tensor(prompts[i], dtype=torch.int64)
     # All random numbers of a prompt come from its own stream, drawn ahead, so that its neighbours cannot shift them.
+    most = max(limits[i] for i in rows)
     uniform = torch.from_numpy(
-        np.stack([np.random.Generator(np.random.Philox([seed, i])).random(max_new_tokens) for i in rows])
+        np.stack([np.random.Generator(np.random.Philox([seed, i])).random(most) for i in rows])
     ).to(device)
-    capacity = max(lengths) + max_new_tokens
+    # Rows that are over stay in the cache for a while, and grow.
+    capacity = max(lengths) + most
     cache = KVCache(model.config, len(rows), capacity, device=device, dtype=weight.dtype)
     cache.expect(torch.tensor(lengths))
     logits = model(tokens.to(device), cache=cache, last_only=True)
     active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
-    for count in range(max_new_tokens):
+    context = None if memfree is None else Context(memfree.filter, [prompts[i] for i in rows])
+    for count in range(most):
         scores = logits[:, 0, : model.vocab_size]
-        if memfree is None:
+        if memfree is None or context is None:
             chosen = sampler.choose(scores, uniform[:, count])
         else:
-            chosen = _choose_free(memfree, sampler, scores, uniform[:, count], prompts, results, active)
+            chosen = _choose_free(memfree, context, sampler, scores, uniform[:, count], active)
+            context.append(chosen)
         kept: list[int] = []
         for row, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
             if index is None:
@@ -256,7 +265,7 @@ def generate_batch(
                 continue
             results[index].append(token)
             remaining = ending.cut(prompts[index], results[index])
-            if remaining is None and count + 1 < max_new_tokens:
+            if remaining is None and count + 1 < limits[index]:
                 kept.append(row)
                 continue
             active[row] = None
@@ -270,29 +279,27 @@ def generate_batch(
             chosen, uniform = chosen[kept], uniform[kept]
             cache.select(torch.tensor(kept, device=device))
             active = [active[row] for row in kept]
+            if context is not None:
+                context.select(kept)
         logits = model(chosen[:, None], cache=cache, last_only=True)
 
 
 def _choose_free(
     memfree: MemFree,
+    context: Context,
     sampler: Sampler,
     scores: torch.Tensor,
     uniform: torch.Tensor,
-    prompts: Sequence[Sequence[int]],
-    results: Sequence[Sequence[int]],
     active: Sequence[int | None],
 ) -> torch.Tensor:
     """The next tokens under a filter; rows that are over get any token."""
-    width = memfree.filter.n - 1
-    texts = [[] if i is None else [*prompts[i][-width:], *results[i][-width:]] for i in active]
-    blocked = memfree.blocked(texts)
     going = torch.tensor([i is not None for i in active], device=scores.device)
     likeliest = scores.argmax(-1)
-    rejected = blocked(likeliest[:, None])[:, 0]
+    rejected = context.blocked(likeliest[:, None])[:, 0]
     memfree.count(rejected, going)
     if sampler.temperature == 0.0 and not bool(rejected.any()):
         return likeliest
-    chosen = sampler.choose(scores, uniform, blocked)
+    chosen = sampler.choose(scores, uniform, context.blocked)
     return torch.where(going, chosen, chosen.clamp(min=0))
 
 

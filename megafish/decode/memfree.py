@@ -23,6 +23,8 @@ Blocked = Callable[[torch.Tensor], torch.Tensor]
 
 _FIRST = 8
 """Candidates beyond those wanted that are looked up at once; more only where these do not suffice."""
+_PREFIX = 64
+"""Candidates looked up at first where any number may be wanted."""
 
 
 class MemFree:
@@ -36,25 +38,38 @@ class MemFree:
         self.tokens = 0
         self.rejected = 0
 
-    def blocked(self, texts: Sequence[Sequence[int]]) -> Blocked:
-        """What may not follow these texts, one a row."""
-        width = self.filter.n - 1
-        long = np.array([len(text) >= width for text in texts])
-        context = np.zeros((len(texts), width), dtype=np.int64)
-        for row, text in enumerate(texts):
-            if long[row]:
-                context[row] = text[-width:]
-
-        def find(candidates: torch.Tensor) -> torch.Tensor:
-            found = self.filter.contains_next(context, candidates.cpu().numpy()) & long[:, None]
-            return torch.from_numpy(found).to(candidates.device)
-
-        return find
-
     def count(self, rejected: torch.Tensor, going: torch.Tensor) -> None:
         """Count a step: where the likeliest token was blocked, and which rows are still going, bool [b] each."""
         self.rejected += int((rejected & going).sum())
         self.tokens += int(going.sum())
+
+
+class Context:
+    """The last n - 1 tokens of each row of a batch: what the next token completes an n-gram with."""
+
+    def __init__(self, filter: NgramFilter, texts: Sequence[Sequence[int]]) -> None:
+        self.filter = filter
+        self._tokens = np.zeros((len(texts), filter.n - 1), dtype=np.int64)
+        self._seen = np.zeros(len(texts), dtype=np.int64)
+        for row, text in enumerate(texts):
+            last = text[-self._tokens.shape[1] :]
+            self._tokens[row, self._tokens.shape[1] - len(last) :] = last
+            self._seen[row] = len(last)
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """The next token of each row: int64 [b]."""
+        self._tokens = np.concatenate([self._tokens[:, 1:], tokens.cpu().numpy()[:, None]], axis=1)
+        self._seen += 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self._tokens, self._seen = self._tokens[rows], self._seen[rows]
+
+    def blocked(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Which tokens may not follow: int64 [b, m] -> bool [b, m]."""
+        found = self.filter.contains_next(self._tokens, candidates.cpu().numpy())
+        found &= (self._seen >= self._tokens.shape[1])[:, None]
+        return torch.from_numpy(found).to(candidates.device)
 
 
 def first_allowed(logits: torch.Tensor, count: int, blocked: Blocked) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +95,48 @@ def first_allowed(logits: torch.Tensor, count: int, blocked: Blocked) -> tuple[t
     )
 
 
+def draw_allowed(
+    logits: torch.Tensor, temperature: float, top_p: float | None, uniform: torch.Tensor, blocked: Blocked
+) -> torch.Tensor:
+    """Draw from softmax(logits / temperature) without the blocked tokens, limited to the smallest set whose probability
+    reaches top_p: logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], -1 where all are blocked.
+
+    By inversion of the cumulative distribution from the likeliest token on. Only as many candidates are looked up as
+    decide the draw: how much of what is left is allowed lies between none and all of it, and where both ends give the
+    same token, that is the one.
+    """
+    vocab = logits.shape[1]
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    chances = torch.softmax(values.double() / temperature, dim=-1)
+    free = torch.zeros_like(ids[:, :0], dtype=torch.bool)
+    width = min(_PREFIX, vocab)
+    while True:
+        free = torch.cat([free, ~blocked(ids[:, free.shape[1] : width])], dim=1)
+        cumulative = (chances[:, :width] * free).cumsum(-1)
+        known = cumulative[:, -1:]
+        unknown = chances[:, width:].sum(-1, keepdim=True)
+        low, high = (_place(cumulative, total, top_p, uniform) for total in (known, known + unknown))
+        if width == vocab or bool(((low == high) & (high < width)).all()):
+            break
+        width = min(4 * width, vocab)
+    # A product just below the whole may be rounded up to it: then it is the last allowed token.
+    last = torch.where(free, torch.arange(width, device=free.device), 0).amax(-1, keepdim=True)
+    place = torch.where(low < width, low, last)
+    return torch.where(free.gather(1, place), ids.gather(1, place), -1).squeeze(1)
+
+
+def _place(cumulative: torch.Tensor, total: torch.Tensor, top_p: float | None, uniform: torch.Tensor) -> torch.Tensor:
+    """Where a draw falls if the allowed tokens have the probability `total` [b, 1] in all: int64 [b, 1]; the width of
+    `cumulative` [b, width] where that is behind it. It grows with `total`."""
+    width = cumulative.shape[1]
+    if top_p is None:
+        return torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    last = (cumulative < top_p * total).sum(-1, keepdim=True)
+    mass = cumulative.gather(1, last.clamp(max=width - 1))
+    place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(last)
+    return torch.where(last < width, place, width)
+
+
 def _likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """By falling logit, of equal ones by rising id."""
     if width < logits.shape[1] // 4:
@@ -101,14 +158,12 @@ def logits_processor(filter: NgramFilter) -> LogitsProcessor:
     """
     from transformers import LogitsProcessor
 
-    memfree = MemFree(filter)
-
     class MemFreeLogitsProcessor(LogitsProcessor):
         """input_ids int64 [b, s], scores fp32 [b, V] -> scores [b, V]."""
 
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-            blocked = memfree.blocked(input_ids.tolist())
+            context = Context(filter, input_ids[:, 1 - filter.n :].tolist())
             ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
-            return scores.masked_fill(blocked(ids), -torch.inf)
+            return scores.masked_fill(context.blocked(ids), -torch.inf)
 
     return MemFreeLogitsProcessor()

@@ -29,6 +29,8 @@ MAGIC = b"MFNGRAMS"
 FORMAT, VERSION = "megafish-ngrams", 1
 HEADER_KEYS = ("n", "false_positive_rate", "minimum_count", "seed", "ngrams", "hashes", "parts", "part_bits")
 ALIGNMENT = 64
+_FEW = 1024
+"""Keys up to which the number of calls is what a lookup costs."""
 
 Keys = npt.NDArray[np.uint64]
 
@@ -99,16 +101,18 @@ class NgramFilter:
         found = np.ones(len(flat), dtype=np.bool_)
         base = part_of(flat, parts).astype(np.int64) * (bits // 8)
         step = steps(flat)
-        # Half the bits are set: after each hash half of those that are not in it are known, and not looked at again.
+        # Half the bits are set: after each hash half of those that are not in it are known, and not looked at again. Of
+        # few keys all hashes are looked up at once, which takes fewer calls.
+        hashes = self.header["hashes"]
+        together = hashes if len(flat) <= _FEW else 1
         left = np.arange(len(flat))
-        for i in range(self.header["hashes"]):
-            place = place_of(flat[left], step[left], i, bits)
-            hit = self._bits[base[left] + (place >> np.uint64(3)).astype(np.int64)] >> (place & np.uint64(7)).astype(
-                np.uint8
-            )
-            missed = (hit & 1) == 0
-            found[left[missed]] = False
-            left = left[~missed]
+        for first in range(0, hashes, together):
+            numbers = np.arange(first, first + together, dtype=np.uint64)
+            place = place_of(flat[left, None], step[left, None], numbers, bits)
+            byte = self._bits[base[left, None] + (place >> np.uint64(3)).astype(np.int64)]
+            hit = ((byte >> (place & np.uint64(7)).astype(np.uint8)) & 1).all(axis=1)
+            found[left[~hit]] = False
+            left = left[hit]
         return found.reshape(keys.shape)
 
 
@@ -125,10 +129,8 @@ def coefficients(seed: int, n: int) -> Keys:
 
 def partial_keys(tokens: npt.NDArray[np.int64], c: Keys) -> Keys:
     """The sum over the tokens [..., m] so far, before it is mixed: uint64 [...]."""
-    total = np.full(tokens.shape[:-1], c[0], dtype=np.uint64)
-    for j in range(tokens.shape[-1]):
-        total += c[j + 1] * (tokens[..., j].astype(np.uint64) + np.uint64(1))
-    return total
+    shifted = tokens.astype(np.uint64) + np.uint64(1)
+    return np.asarray(shifted @ c[1 : tokens.shape[-1] + 1] + c[:1])
 
 
 def ngram_keys(ngrams: npt.NDArray[np.int64], c: Keys) -> Keys:
@@ -158,9 +160,9 @@ def steps(keys: Keys) -> Keys:
     return mix_numpy(~keys) | np.uint64(1)
 
 
-def place_of(keys: Keys, step: Keys, number: int, bits: int) -> Keys:
+def place_of(keys: Keys, step: Keys, number: int | Keys, bits: int) -> Keys:
     """Place of bit `number` of each key within its part."""
-    return np.asarray((keys + np.uint64(number) * step) % np.uint64(bits))
+    return np.asarray((keys + np.asarray(number, dtype=np.uint64) * step) % np.uint64(bits))
 
 
 def fill(keys: Keys, hashes: int, bits: int) -> npt.NDArray[np.uint8]:

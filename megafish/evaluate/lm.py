@@ -243,7 +243,8 @@ class RunLM(TemplateLM):
         """Continue the prompts `rows` into `results`."""
         sampler = Sampler(chosen.temperature, chosen.top_k, chosen.top_p)
         ending = _Until(self._decoder, chosen.until)
-        generate_batch(self.run.model, prompts, rows, chosen.max_new_tokens, sampler, ending, 0, results, bar)
+        limits = [chosen.max_new_tokens] * len(prompts)
+        generate_batch(self.run.model, prompts, rows, limits, sampler, ending, 0, results, bar)
 
     def _text(self, tokens: list[int], chosen: Generation) -> str:
         text: str = postprocess_generated_text(self._decoder.decode(tokens), list(chosen.until), None)

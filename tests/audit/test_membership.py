@@ -10,12 +10,16 @@ from megafish.audit.scores import TokenScores
 from megafish.errors import InputError
 
 TEXTS = ["a text of some length, a text of some length", "another one"]
+NONE = np.zeros(25, dtype=np.int64)
+"""The likeliest tokens, of which no score is made."""
 
 
 def scores(seed: int = 0, tokens: tuple[int, ...] = (10, 25)) -> list[TokenScores]:
     random = np.random.Generator(np.random.Philox(seed))
     return [
-        TokenScores(-random.exponential(2, n), random.random(n) < 0.5, -random.exponential(3, n), 1 + random.random(n))
+        TokenScores(
+            -random.exponential(2, n), random.random(n) < 0.5, NONE[:n], -random.exponential(3, n), 1 + random.random(n)
+        )
         for n in tokens
     ]
 
@@ -23,8 +27,8 @@ def scores(seed: int = 0, tokens: tuple[int, ...] = (10, 25)) -> list[TokenScore
 def test_scores_by_hand() -> None:
     """Five tokens: the lowest 20 % is one token."""
     log_prob, mean, std = np.array([-1.0, -4.0, -2.0, -3.0, 0.0]), np.full(5, -2.0), np.array([1.0, 4, 1, 0.5, 1])
-    one = TokenScores(log_prob, log_prob > -1, mean, std)
-    reference = [TokenScores(log_prob - 1.5, log_prob > -1)]
+    one = TokenScores(log_prob, log_prob > -1, NONE[:5], mean, std)
+    reference = [TokenScores(log_prob - 1.5, log_prob > -1, NONE[:5])]
     found = membership_scores([one], [TEXTS[0]], reference)
     size = len(zlib.compress(TEXTS[0].encode()))
     assert found["loss"][0] == -2.0

@@ -41,6 +41,14 @@ def test_result_does_not_depend_on_the_batch(model: Transformer, options: dict) 
     assert len({tuple(output) for output in together}) > 1
 
 
+def test_a_limit_of_its_own_for_every_prompt(model: Transformer) -> None:
+    """The longest prompt is over first, and stays in the batch."""
+    prompts, limits = [[1] * 20, [2, 3], [4] * 7], [1, 15, 9]
+    whole = generate(model, None, prompts, max_new_tokens=15, temperature=0.8, seed=5)
+    found = generate(model, None, prompts, max_new_tokens=limits, temperature=0.8, seed=5)
+    assert found == [text[:limit] for text, limit in zip(whole, limits, strict=True)]
+
+
 def test_seed_decides_the_draw(model: Transformer) -> None:
     first, again, other = (
         generate(model, None, PROMPTS, max_new_tokens=12, temperature=1.5, seed=seed) for seed in (0, 0, 1)

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megafish.config import ModelConfig
+from megafish.decode import memfree as module
 from megafish.decode.build_filter import build_filter
 from megafish.decode.generate import Sampler, generate
-from megafish.decode.memfree import MemFree, first_allowed, logits_processor
+from megafish.decode.memfree import Context, MemFree, draw_allowed, first_allowed, logits_processor
 from megafish.decode.ngram_filter import NgramFilter
 from megafish.huggingface.export import export
 from megafish.model.load import load_run
@@ -113,6 +114,49 @@ def test_candidates_in_order_of_their_logits_and_ids() -> None:
             expected = sorted(free, key=lambda i: (-float(logits[row, i]), i))[:7]
             assert ids[row].tolist() == expected + [-1] * (7 - len(expected))
             assert values[row, : len(expected)].tolist() == [float(logits[row, i]) for i in expected]
+
+
+@pytest.mark.parametrize("prefix", [1, 5, 64, 300])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.98, 1.0])
+def test_a_draw_is_that_of_the_whole_vocabulary(
+    share: float, top_p: float | None, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few candidates are looked up; with uniform numbers at both ends."""
+    monkeypatch.setattr(module, "_PREFIX", prefix)
+    random = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(40, 300, generator=random)
+    banned = torch.rand(40, 300, generator=random) < share
+    uniform = torch.rand(40, dtype=torch.float64, generator=random)
+    uniform[:2] = torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64)
+    width = []
+
+    def blocked(candidates: torch.Tensor) -> torch.Tensor:
+        width.append(candidates.shape[1])
+        return banned.gather(1, candidates)
+
+    found = draw_allowed(logits, 0.9, top_p, uniform, blocked)
+    whole = Sampler(0.9, None, top_p).choose(logits.masked_fill(banned, -torch.inf), uniform)
+    none = banned.all(1)
+    assert found.tolist() == torch.where(none, -1, whole).tolist()
+    final = draw_allowed(logits, 0.9, top_p, torch.full((40,), 1 - 2**-53, dtype=torch.float64), blocked)
+    chosen = banned.gather(1, final.clamp(min=0)[:, None])[:, 0]
+    assert not (chosen & ~none).any(), "a product rounded up to the whole is no blocked token"
+    width.clear()
+    draw_allowed(logits, 0.9, top_p, uniform, blocked)
+    if top_p == 0.05 and share < 0.9 and prefix == 64:
+        assert sum(width) < 300, "the likeliest ones suffice"
+
+
+def test_the_context_of_a_row() -> None:
+    """Prompts shorter than n - 1 tokens block nothing until they are long enough."""
+    context = Context(Pairs({(1, 2, 5), (7, 5, 5)}), [[9, 1, 2], [7]])  # type: ignore[arg-type]
+    candidates = torch.tensor([[5, 2], [5, 7]])
+    assert context.blocked(candidates).tolist() == [[True, False], [False, False]]
+    context.append(torch.tensor([8, 5]))
+    assert context.blocked(candidates).tolist() == [[False, False], [True, False]]
+    context.select([1])
+    assert context.blocked(candidates[1:]).tolist() == [[True, False]]
 
 
 def test_a_real_filter_in_transformers_and_here(corpus: Path, tmp_path: Path) -> None:
