@@ -136,7 +136,8 @@ class Duplicates:
         kept: dict[int, Ints] = {}
         for found in self.groups(length):
             order = np.argsort(_mixed(found[:, 0], seed), kind="stable")
-            bins = np.array([duplicate_bin(int(count)) for count in found[:, 1]])
+            counts, place = np.unique(found[:, 1], return_inverse=True)
+            bins = np.array([duplicate_bin(count) for count in counts.tolist()], dtype=np.int64)[place]
             for number in np.unique(bins).tolist():
                 own = found[order[bins[order] == number]][:per_bin]
                 both = np.concatenate([kept[number], own]) if number in kept else own
@@ -162,7 +163,7 @@ class Duplicates:
         for start, count in best.tolist():
             if len(passages) == top:
                 break
-            if any(p.count == count and p.start <= start < p.start + p.length for p in passages):
+            if any(p.count == count and p.start <= start <= p.start + p.length - length for p in passages):
                 continue
             passages.append(self._extended(start, count, length))
         return passages
