@@ -135,7 +135,9 @@ def _make(path: Path, corpora: Mapping[str, Path], run: Run, seed: int, folder: 
     started = time.monotonic()
     _megafish(
         "train", "tiny", "--resume", f"name={path.name}", f"run_dir={path}", f"data.train={corpus}",
-        f"data.seed={seed}", f"train.seed={seed}", f"goldfish={run.goldfish}", f"goldfish.seed={seed}",
+        f"data.seed={seed}", f"train.seed={seed}", f"goldfish={run.goldfish}",
+        # A static mask is the same for every seed.
+        *([] if "static" in run.goldfish else [f"goldfish.seed={seed}"]),
         f"train={{supervised_tokens: {tokens}, global_batch_size: 4, micro_batch_size: 4}}", "optimizer.lr=4e-3",
         "schedule={min_lr_ratio: 0, warmup_fraction: 0.05}", "eval={interval: 100, sequences: 256, canaries: 0}",
         "checkpoint.interval=200", f"audit={{prompt_tokens: {PROMPT}, suffix_tokens: {SUFFIX}}}",
