@@ -2,7 +2,9 @@
 
 A Llama of random weights is written by transformers and read by megafish. Both continue the same prompts greedily with
 a key/value cache; what they write is compared. "scored" is the answer of one forward pass: whether the true suffix
-would come out word for word, as a sweep of prompt lengths asks it. The ways take turns; figures are medians.
+would come out word for word, as a sweep of prompt lengths asks it. "audit" is what `megafish audit` does: that pass,
+then the generation of what it does not tell, with none, half and all of the passages recited (the suffixes of those
+are what the model writes). The ways take turns; figures are medians.
 
     python benchmarks/audit.py [--probes 128] [--repeats 3] [--save]
 """
@@ -14,12 +16,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import save, table
 
+from megafish.audit.continuation import continue_greedily
 from megafish.audit.scores import token_scores
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -28,6 +32,8 @@ from megafish.demo import library_files
 from megafish.huggingface.importer import load_model
 
 VOCAB, PROMPT, SUFFIX = 8192, 50, 50
+SHARES = (0.0, 0.5, 1.0)
+"""Of the passages, recited."""
 
 
 class Shape(NamedTuple):
@@ -125,7 +131,18 @@ def main() -> None:
                 def scored(own: Any = own) -> Any:
                     return token_scores(own, texts, batch_size=asked.batch)
 
-                seconds, results = measure({"theirs": peer, "ours": ours, "scored": scored}, asked.repeats)
+                written = ours()
+
+                def audit(share: float, own: Any = own, written: Any = written) -> list[list[int]]:
+                    recited = round(share * len(texts))
+                    suffixes = [*written[:recited], *(text[PROMPT:] for text in texts[recited:])]
+                    whole = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
+                    scores = token_scores(own, whole, batch_size=asked.batch)
+                    return continue_greedily(own, None, prompts, suffixes, scores, batch_size=asked.batch)
+
+                ways: dict[str, Callable[[], Any]] = {"theirs": peer, "ours": ours, "scored": scored}
+                ways |= {f"audit {share:.0%}": partial(audit, share) for share in SHARES}
+                seconds, results = measure(ways, asked.repeats)
                 equal = sum(a == b for a, b in zip(results["theirs"], results["ours"], strict=True))
                 rate = {way: len(texts) / taken for way, taken in seconds.items()}
                 rows.append(
@@ -134,8 +151,8 @@ def main() -> None:
                         f"{rate['theirs']:.1f}",
                         f"{rate['ours']:.1f}",
                         f"{rate['ours'] / rate['theirs']:.2f}",
-                        f"{rate['scored']:.1f}",
-                        f"{rate['scored'] / rate['theirs']:.1f}",
+                        f"{rate['scored'] / rate['theirs']:.2f}",
+                        *(f"{rate[f'audit {share:.0%}'] / rate['theirs']:.2f}" for share in SHARES),
                         f"{equal} of {len(texts)}",
                     ]
                 )
@@ -147,7 +164,10 @@ def main() -> None:
         print(save("audit", text))
 
 
-HEAD = ["model", "transformers [probes/s]", "megafish", "ratio", "scored", "ratio", "equal texts"]
+HEAD = [
+    "model", "transformers [probes/s]", "megafish", "ratio", "scored, ratio",
+    *(f"audit, {share:.0%} recited" for share in SHARES), "equal texts",
+]  # fmt: skip
 
 if __name__ == "__main__":
     main()
