@@ -104,16 +104,32 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: L
 def attend_cached(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, L,
-    H_kv, head_dim].
+    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, H_kv,
+    L, head_dim].
 
     A query sees the cache entries up to and including its own position; later ones may hold anything finite.
     """
-    distance = positions[:, :, None] - torch.arange(key.shape[1], device=key.device)
+    distance = positions[:, :, None] - torch.arange(key.shape[2], device=key.device)
     allowed = distance >= 0
     if window is not None:
         allowed = allowed & (distance < window)
-    return _sdpa(query, key, value, _additive(allowed[:, None], query.dtype), causal=False)
+    mask = _additive(allowed[:, None], query.dtype)
+    if query.shape[1] == 1 and query.device.type == "cpu":
+        return _one_token(query, key, value, mask)
+    return _sdpa(query, key.transpose(1, 2), value.transpose(1, 2), mask, causal=False)
+
+
+def _one_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """attend_cached for one token a row, as two batched products: query [b, 1, H, head_dim], mask [b, 1, 1, L].
+
+    torch's kernel for the CPU works in blocks of queries and orders keys anew at each call: for a single query that
+    takes up to three times as long in fp32, up to six times in bf16.
+    """
+    batch, kv_heads, length, head_dim = key.shape
+    q = (query * head_dim**-0.5).reshape(batch * kv_heads, -1, head_dim)
+    scores = torch.bmm(q, key.flatten(0, 1).transpose(1, 2)).view(batch, kv_heads, -1, length) + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).flatten(0, 1)
+    return torch.bmm(weights, value.flatten(0, 1)).view(query.shape)
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

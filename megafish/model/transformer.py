@@ -116,7 +116,8 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.num_layers, batch, capacity, config.resolved_kv_heads, config.resolved_head_dim)
+        # Tokens behind heads: what attention reads of a head lies together.
+        shape = (config.num_layers, batch, config.resolved_kv_heads, capacity, config.resolved_head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -129,19 +130,20 @@ class KVCache:
 
     def positions(self, new: int) -> torch.Tensor:
         """Positions of the next `new` tokens of each row, int64 [batch, new]."""
-        if self.used + new > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens a row, {self.used + new} are needed")
+        if self.used + new > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens a row, {self.used + new} are needed")
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far."""
+        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far,
+        [batch, H_kv, L, head_dim]."""
         rows = torch.arange(key.shape[0], device=key.device)[:, None]
         filled = self.used + key.shape[1]
-        self.keys[layer, rows, positions] = key
-        self.values[layer, rows, positions] = value
-        return self.keys[layer, :, :filled], self.values[layer, :, :filled]
+        self.keys[layer][rows, :, positions] = key
+        self.values[layer][rows, :, positions] = value
+        return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
 
     def advance(self, new: int) -> torch.Tensor:
         """Count the tokens just stored; returns the index of each row's last real one among them, int64 [batch]."""
@@ -460,7 +462,7 @@ class Transformer(nn.Module):
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")
             positions = cache.positions(length)
-            cos, sin = self._rotary.get(cache.keys.shape[2], device)
+            cos, sin = self._rotary.get(cache.keys.shape[3], device)
             return Step((batch, length), cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
         # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key
         # of another document, so counting anew in every document would give the same.

@@ -186,10 +186,16 @@ def test_empty_documents_are_skipped() -> None:
     assert blocks.segments(2, 4, cu_seqlens) == [(0, 0, 4), (1, 0, 4)]
 
 
-def test_cached_queries_see_up_to_themselves() -> None:
-    q, k, v, _ = inputs(torch.float32, 2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("at", [[[5, 6], [200, 201]], [[5], [201]], [[0], [49]]])
+def test_cached_queries_see_up_to_themselves(
+    at: list[list[int]], kv_heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Several tokens a row, and one alone, which has a way of its own on a CPU."""
+    q, k, v, _ = inputs(dtype, kv_heads)
     want = oracle(q.double(), k.double(), v.double(), None, 50).float()
-    positions = torch.tensor([[5, 6], [200, 201]])
-    rows = torch.arange(2)[:, None]
-    got = attend_cached(q[rows, positions], k, v, positions, 50)
-    torch.testing.assert_close(got, want[rows, positions], rtol=1e-5, atol=1e-5)
+    positions, rows = torch.tensor(at), torch.arange(2)[:, None]
+    got = attend_cached(q[rows, positions], k.transpose(1, 2), v.transpose(1, 2), positions, 50)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want[rows, positions], rtol=tolerance, atol=tolerance)
