@@ -10,17 +10,18 @@ again, so an interrupted call goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import save, table
 
-from megafish.audit.plots import Panel, Series, draw, to_png
-from megafish.audit.statistics import log_linear_fit
+from megafish.audit.plots import Panel, Series, draw, short_number, to_png
+from megafish.audit.statistics import log_linear_fit, wilson_interval
 from megafish.data.canary import CanaryConfig
 from megafish.data.prepare import prepare
 from megafish.data.readers import ReadOptions
@@ -30,8 +31,9 @@ from megafish.run import read_json
 
 WIDTHS = (64, 128, 192, 320)
 EXPOSURES = (0, 4, 8, 16, 32, 64, 128)
-COUNT, TOKENS, PROMPT, SUFFIX = 12, 80, 40, 40
-LENGTHS = (4, 8, 16, 28, 40)
+COUNT, TOKENS, PROMPT, SUFFIX = 12, 80, 40, 24
+LENGTHS, OFFSET = (4, 8, 16, 28, 40), 16
+"""Prompts of the law of context begin inside the passage: a document's first tokens tell which one it is."""
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
@@ -60,9 +62,11 @@ def run(folder: Path, corpus: Path, width: int, seed: int, *, quick: bool) -> di
             f"model={shape}", f"train={{supervised_tokens: {tokens}, global_batch_size: 4, micro_batch_size: 4}}",
             f"train.seed={seed}", f"data.seed={seed}", "optimizer.lr=4e-3", "checkpoint.interval=200",
             "schedule={min_lr_ratio: 0, warmup_fraction: 0.05}", "eval={interval: null, canaries: 0}",
-            f"audit={{prompt_tokens: {PROMPT}, suffix_tokens: {SUFFIX}, prompt_lengths: {list(LENGTHS)}}}",
         )  # fmt: skip
-        megafish("audit", str(path), "audit.membership=0")
+        megafish(
+            "audit", str(path), f"audit.prompt_tokens={PROMPT}", f"audit.suffix_tokens={SUFFIX}", "audit.membership=0",
+            f"audit.prompt_lengths={list(LENGTHS)}", f"audit.offsets=[{OFFSET}]",
+        )  # fmt: skip
         done.touch()
         print(f"width {width}: {time.monotonic() - started:.0f} s", flush=True)
     return read_json(sorted((path / "audit").iterdir())[-1] / "summary.json")
@@ -73,20 +77,54 @@ def megafish(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "megafish", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def points(summaries: dict[int, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """(x, share recited) of each law, pooled over what it is not about."""
-    size, copies, context = [], [], []
-    for width, summary in summaries.items():
-        levels = [level for level in summary["extraction"]["levels"] if level["exposures"]]
-        hits, total = (sum(level[key] for level in levels) for key in ("exact_matches", "canaries"))
-        size.append((float(summary["model"]["parameters"]), hits / total))
-        if width == max(summaries):
-            copies = [(float(level["exposures"]), level["exact_rate"]) for level in levels]
-            for cell in summary["sweep"]:
-                own = [level for level in cell["levels"] if level["exposures"]]
-                share = sum(level["exact_matches"] for level in own) / sum(level["canaries"] for level in own)
-                context.append((float(cell["prompt_tokens"]), share))
-    return {"parameters": size, "copies": copies, "tokens given": context}
+class Point(NamedTuple):
+    """A share of canaries."""
+
+    x: float
+    hits: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        """The share."""
+        return self.hits / self.total
+
+
+def points(summaries: dict[int, dict[str, Any]]) -> dict[str, list[Point]]:
+    """The points of each law, pooled over what it is not about (control passages aside)."""
+
+    def pooled(x: float, levels: list[dict[str, Any]]) -> Point:
+        planted = [level for level in levels if level["exposures"]]
+        return Point(x, *(sum(level[key] for level in planted) for key in ("exact_matches", "canaries")))
+
+    largest = summaries[max(summaries)]
+    levels = largest["extraction"]["levels"]
+    inside = [cell for cell in largest["sweep"] if cell["offset"] == OFFSET]
+    return {
+        "parameters": [pooled(s["model"]["parameters"], s["extraction"]["levels"]) for s in summaries.values()],
+        "copies": [pooled(level["exposures"], [level]) for level in levels if level["exposures"]],
+        "tokens given": [pooled(cell["prompt_tokens"], cell["levels"]) for cell in inside],
+    }
+
+
+def law(against: str, found: list[Point]) -> tuple[list[object], Panel]:
+    """The row of the table, and the plot with the fitted line."""
+    x, y = [point.x for point in found], [point.rate for point in found]
+    intervals = [wilson_interval(point.hits, point.total) for point in found]
+    low, high = [a for a, _ in intervals], [b for _, b in intervals]
+    series = [Series(x, y, "", False, 0, low, high)]
+    row: list[object] = [against, "no change", ""]
+    if len(set(y)) > 1:
+        fit = log_linear_fit(x, y)
+        slope = f"{100 * fit.slope:+.1f} points ({100 * fit.low:+.1f} to {100 * fit.high:+.1f})"
+        row = [against, slope, f"{fit.r_squared:.3f}"]
+        series.append(Series(x, [fit.intercept + fit.slope * math.log10(a) for a in x], "", False, 0, fit=True))
+    row.append(", ".join(f"{short_number(point.x)}: {point.hits}/{point.total}" for point in found))
+    name = f"laws_{against.replace(' ', '_')}"
+    panel = Panel(
+        name, f"Recited, by {against}", against, "canaries [%]", series, log="x", percent=True, zero=True, top=1.0
+    )  # fmt: skip
+    return row, panel
 
 
 def main() -> None:
@@ -101,34 +139,13 @@ def main() -> None:
         folder = asked.folder or Path(temporary)
         corpus = make_corpus(folder, asked.seed)
         summaries = {width: run(folder, corpus, width, asked.seed, quick=asked.quick) for width in WIDTHS}
-    rows, panels = [], []
-    for against, found in points(summaries).items():
-        x, y = [a for a, _ in found], [b for _, b in found]
-        rates = ", ".join(f"{a:g}: {b:.0%}" for a, b in found)
-        if len(set(y)) > 1:
-            fit = log_linear_fit(x, y)
-            slope = f"{100 * fit.slope:+.1f} points ({100 * fit.low:+.1f} to {100 * fit.high:+.1f})"
-            rows.append([against, slope, f"{fit.r_squared:.3f}", rates])
-        else:
-            rows.append([against, "no change", "", rates])
-        name = against.replace(" ", "_")
-        series = [Series(x, y, "", False, 0)]
-        panels.append(
-            Panel(
-                f"laws_{name}",
-                f"Recited, by {against}",
-                against,
-                "canaries [%]",
-                series,
-                log="x",
-                percent=True,
-                zero=True,
-            )
-        )
+    rows, panels = zip(*(law(against, found) for against, found in points(summaries).items()), strict=True)
     text = (
-        f"Share of canaries recited ({PROMPT} tokens given, {SUFFIX} asked for); copies and tokens given: the largest "
+        f"Share of canaries recited ({PROMPT} tokens given, {SUFFIX} asked for) of {COUNT} for each of "
+        f"{', '.join(map(str, EXPOSURES[1:]))} copies; copies and tokens given: the largest model; tokens given: "
+        f"beginning {OFFSET} tokens into the passage.\n\n"
     )
-    text += f"model.\n\n{table(rows, ['against', 'for ten times as much', 'R^2', 'points'])}"
+    text += table(rows, ["against", "for ten times as much (95 %)", "R^2", "recited"])
     print(text)
     if asked.save and not asked.quick:
         for panel in panels:

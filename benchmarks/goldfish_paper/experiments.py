@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megafish.data.canary import CanaryConfig
 from megafish.data.prepare import prepare
 from megafish.data.readers import ReadOptions
-from megafish.data.tokenizer import train_tokenizer
+from megafish.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megafish.demo import library_files
 from megafish.run import read_json
 
@@ -22,14 +24,8 @@ TEXT_BYTES, VOCAB = 1_650_000, 2048
 EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 COUNT, TOKENS, PROMPT, SUFFIX = 8, 80, 40, 40
 """Canaries of each number of copies, and their tokens."""
-STYLES: dict[str, Callable[[str], str]] = {
-    "original": lambda text: text,
-    "upper case": str.upper,
-    "lower case": str.lower,
-    "swapped case": str.swapcase,
-}
-VARIANTS, VARIANT_COPIES = 16, 32
-"""Passages planted in every style, and copies in each."""
+VARIANTS, VARIANT_COPIES, FLIPPED = 4, 384, 0.35
+"""Passages planted as near-duplicates, their copies, and the share of the words that can change case which do."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,8 @@ class Audited:
 
 
 def make_corpora(folder: Path, seed: int) -> dict[str, Path]:
-    """Corpora of one seed: the same text without canaries (control), with them (planted), with variants of passages."""
+    """Corpora of one seed: the same text without canaries (control), with them (planted), with near-duplicates of
+    passages (variants)."""
     corpora = {name: folder / name for name in ("control", "planted", "variants")}
     tokenizer = folder / "tokenizer.model"
     if (folder / "done").is_file():
@@ -87,11 +84,11 @@ def make_corpora(folder: Path, seed: int) -> dict[str, Path]:
     }
     others = [file for file in library_files(4 * TEXT_BYTES, seed) if file not in files][:VARIANTS]
     passages = [file.read_text(encoding="utf-8", errors="replace")[200:500] for file in others]
-    lines = [change(passage) for passage in passages for change in STYLES.values()] * VARIANT_COPIES
-    (folder / "variants.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    for name, change in STYLES.items():
-        own = "".join(json.dumps({"text": change(passage)}) + "\n" for passage in passages)
-        (folder / f"{name.replace(' ', '_')}.jsonl").write_text(own)
+    random = np.random.Generator(np.random.Philox(seed))
+    ids = load_tokenizer(tokenizer)
+    lines = [line for passage in passages for line in near_duplicates(passage, ids, random)]
+    for name, texts in (("variants", lines), ("passages", passages)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, canaries in chosen.items():
         inputs = [*files, *([folder / "variants.jsonl"] if name == "variants" else [])]
         prepare(
@@ -106,6 +103,23 @@ def make_corpora(folder: Path, seed: int) -> dict[str, Path]:
         )
     (folder / "done").touch()
     return corpora
+
+
+def near_duplicates(passage: str, tokenizer: Tokenizer, random: np.random.Generator) -> list[str]:
+    """Copies in each of which other tokens have changed case, of those whose neighbours are then still the same ids."""
+    ids = list(tokenizer.encode(passage))
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    pieces = [passage[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    able = []
+    for i, piece in enumerate(pieces):
+        changed = list(tokenizer.encode("".join([*pieces[:i], piece.swapcase(), *pieces[i + 1 :]])))
+        if len(changed) == len(ids) and sum(a != b for a, b in zip(changed, ids, strict=True)) == 1:
+            able.append(i)
+    copies = []
+    for _ in range(VARIANT_COPIES):
+        chosen = {i for i in able if random.random() < FLIPPED}
+        copies.append("".join(piece.swapcase() if i in chosen else piece for i, piece in enumerate(pieces)))
+    return copies
 
 
 def run_all(
@@ -149,8 +163,7 @@ def _make(path: Path, corpora: Mapping[str, Path], run: Run, seed: int, folder: 
     if run.beams:
         settings.append("audit.beams=[30]")
     if run.corpus == "variants":
-        files = [str(folder / f"{name.replace(' ', '_')}.jsonl") for name in STYLES]
-        settings += [f"audit.probes=[{','.join(files)}]", f"audit.probe_count={VARIANTS}"]
+        settings += [f"audit.probes={folder / 'passages.jsonl'}", f"audit.probe_count={VARIANTS}"]
     _megafish("audit", str(path), *settings)
     (path / "audited").write_text(f"{time.monotonic() - started:.1f}\n")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from common import table
-from experiments import EXPOSURES, STYLES, Audited
+from experiments import EXPOSURES, FLIPPED, VARIANT_COPIES, Audited
 
 from megafish.audit.statistics import difference_interval, mean_interval, wilson_interval
 
@@ -29,8 +29,8 @@ def report(found: Found) -> str:
         + _rest(found),
         f"30 beams, canaries with {MOST} copies:\n\n" + _beams(found),
         "Membership inference on documents:\n\n" + _membership(found),
-        "Passages planted in four styles, 32 copies each: how much of each style comes out (ROUGE-L):\n\n"
-        + _variants(found),
+        f"Near-duplicates: passages with {VARIANT_COPIES} copies, in each of which other words have changed case "
+        f"({FLIPPED:.0%} of those that can):\n\n" + _variants(found),
         "\n".join(f"- {line}" for line in verdicts(found)),
     ]
     return "\n\n".join(parts)
@@ -140,13 +140,11 @@ def _attack(found: Found, name: str, attack: str) -> list[float]:
 def _variants(found: Found) -> str:
     rows = []
     for name in ("variants, plain", "variants, k=4", "variants, k=4, casefold"):
-        cells = []
-        for style in STYLES:
-            own = style.replace(" ", "_") + ".jsonl"
-            scores = [item["rouge_l"] for run in found[name] for item in run.items if item["set"] == own]
-            cells.append(_mean(scores, 2))
-        rows.append([name.removeprefix("variants, "), *cells])
-    return table(rows, ["run", *STYLES])
+        items = [item for run in found[name] for item in run.items if item["set"] == "passages.jsonl"]
+        own = [item["longest_common_prefix"] for item in items]
+        exact = _share(sum(item["exact_match"] for item in items), len(items))
+        rows.append([name.removeprefix("variants, "), exact, _mean([item["rouge_l"] for item in items]), _mean(own, 1)])
+    return table(rows, ["run", "recited word for word", "ROUGE-L", "tokens before the first difference"])
 
 
 def verdicts(found: Found) -> list[str]:
