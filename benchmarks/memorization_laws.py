@@ -148,9 +148,9 @@ def main() -> None:
     text += table(rows, ["against", "for ten times as much (95 %)", "R^2", "recited"])
     print(text)
     if asked.save and not asked.quick:
+        print(save("memorization_laws", text))
         for panel in panels:
             (IMAGES / f"{panel.name}.png").write_bytes(to_png(draw(panel, "light")))
-        print(save("memorization_laws", text))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The goldfish paper (Hans et al. 2024, arXiv 2406.10209) in small: one command, three seeds.
 
 Corpora of Python's standard library with canaries at 0 to 128 copies; a control run without them, a plain one, masks
-of k = 3 to 128, static, random and inclusive ones, and variants of passages with and without a canonical key. Each run
+of k = 3 to 128, static, random and inclusive ones, and near-duplicates with and without a canonical key. Each run
 goes through `megafish train` and `megafish audit`; what is there already is not made again, so an interrupted call goes
 on.
 
@@ -39,9 +39,9 @@ def main() -> None:
     text = report(found) + "\n\n" + leakage_table(asked.folder)
     print(text)
     if asked.save and not asked.quick:
+        print(save("goldfish_paper", text))
         for path in draw_figures(found, Path(__file__).parents[2] / "docs" / "images"):
             print(path)
-        print(save("goldfish_paper", text))
 
 
 if __name__ == "__main__":
