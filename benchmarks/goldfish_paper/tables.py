@@ -22,8 +22,8 @@ def report(found: Found) -> str:
     seeds = len(found["plain"])
     minutes = sum(run.seconds for runs in found.values() for run in runs) / 60
     parts = [
-        f"{seeds} seeds, {sum(map(len, found.values()))} runs, whose times sum up to {minutes:.0f} minutes. Shares with "
-        "Wilson's interval, means with a bootstrap one, over all seeds.",
+        f"{seeds} seeds, {sum(map(len, found.values()))} runs, whose times sum up to {minutes:.0f} minutes. Shares "
+        "with Wilson's interval, means with a bootstrap one, over all seeds.",
         "Canaries recited word for word, by copies:\n\n" + _exact(found),
         f"ROUGE-L of the canaries with {MOST} copies; where the model leaves the text; what it costs:\n\n"
         + _rest(found),
