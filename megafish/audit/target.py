@@ -100,13 +100,14 @@ def _settings(name: str, found: Described) -> dict[str, Any]:
 
 
 def _check_overrides(path: Path, overrides: Sequence[str], *, trained: bool) -> None:
-    allowed = ("audit.",) if trained else ("audit.", "data.", "eval.", "goldfish.")
+    allowed = ("audit",) if trained else ("audit", "data", "eval", "goldfish")
     for override in overrides:
-        if override.startswith(allowed):
+        if override.split("=")[0].split(".")[0] in allowed:
             continue
         if trained:
             raise InputError(
-                f"override {override!r}: an audit changes settings of the section audit only (audit.key=value)"
+                f"override {override!r}: an audit changes settings of the section audit only (audit.key=value, or "
+                "audit={key: value})"
             )
         raise InputError(
             f"override {override!r}: of {path}, which was not trained here, an audit takes settings of the sections "

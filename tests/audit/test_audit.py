@@ -136,7 +136,7 @@ def test_a_second_audit_takes_the_place_of_the_first(runs: Runs, tmp_path: Path)
     assert again.folder == first.folder and (again.folder / "extraction.jsonl").read_text() == before
     assert not (again.folder / "stale").exists()
     assert [entry.name for entry in again.folder.parent.iterdir()] == [again.folder.name]
-    shorter = audit(copy, step=STEP, overrides=["audit.suffix_tokens=4", "audit.prompt_tokens=8"])
+    shorter = audit(copy, step=STEP, overrides=["audit={suffix_tokens: 4, prompt_tokens: 8}"])
     assert {len(item["suffix_tokens"]) for item in lines(shorter.folder)} == {4}
     assert shorter.summary["settings"]["prompt_tokens"] == 8
 
@@ -221,6 +221,8 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_with(runs: Runs, tmp
         (["train.steps=3"], "section audit only"),
         (["audit.prompt_tokens=30"], "fewer than audit.prompt_tokens=30"),
         (["audit.prompt_token=30"], "prompt_tokens"),
+        (["audit"], "audit"),
+        (["auditor.seed=3"], "section audit only"),
         (["audit.suffix_tokens=0"], "suffix_tokens"),
     ],
 )
