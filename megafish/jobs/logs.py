@@ -16,6 +16,8 @@ _BEAT = 0.5
 _END = 1 << 22
 # Seconds between questions whether the run goes on: Slurm does not like to be asked often.
 _ASK = 10.0
+# Seconds for which the batch script may still write after its run is over: what became of it is its last line.
+_LAST = 5.0
 
 
 def awaited(run: RunDir, rank: int | None) -> Path:
@@ -53,16 +55,15 @@ def show(run: RunDir, log: Path, *, lines: int, follow: bool) -> None:
         file.seek(max(log.stat().st_size - _END, 0))
         for line in file.read().splitlines(keepends=True)[-lines:] if lines else []:
             _print(line)
-        asked = time.monotonic()
+        asked, over = time.monotonic(), False
         while follow:
             if block := file.read():
                 _print(block)
                 continue
-            if time.monotonic() - asked > _ASK:
-                asked = time.monotonic()
-                if run_status(run.path).state not in ACTIVE:
-                    _print(file.read())
+            if time.monotonic() - asked > (_LAST if over else _ASK):
+                if over:
                     return
+                asked, over = time.monotonic(), run_status(run.path).state not in ACTIVE
             time.sleep(_BEAT)
 
 
