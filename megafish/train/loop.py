@@ -209,9 +209,9 @@ def train(
         stack.callback(lambda: batches.close())
         while not budget.used_up(spent):
             # ---- one optimizer step
-            started = time.perf_counter()
             watchdog.mark(WAITING_FOR_DATA, spent.steps + 1, slow=first)
-            profile.begin("data")
+            profile.begin("data")  # may start a trace, which is no part of the step
+            started = time.perf_counter()
             batch, problem = _next_batch(batches)
             patch = stages.patch(spent)
             if batch is not None and patch is not None:

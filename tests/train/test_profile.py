@@ -134,13 +134,11 @@ def test_a_run_reports_its_phases_and_writes_a_trace(
     run = tmp_path / "run"
     train(settings(corpus, run, "profile={phases: true, trace_step: 2, steps: 2}"))
     records = read_metrics(run)["train"]
-    shares = []
     for record in records:
+        measured = sum(record[f"seconds_{phase}"] for phase in PHASES)
         whole = 4 * 32 / record["tokens_per_s"]
-        shares.append(sum(record[f"seconds_{phase}"] for phase in PHASES) / whole)
+        assert 0.8 * whole < measured < 1.2 * whole
         assert 0 < record["seconds_communication"] < whole
-    # Of steps of some milliseconds a busy machine may leave one waiting between two phases; not all of them.
-    assert 0.8 < max(shares) < 1.2, shares
     (path,) = (run / "profile").iterdir()
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {f"megafish: {phase}" for phase in PHASES} <= names
