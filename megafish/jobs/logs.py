@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megafish.errors import InputError
 from megafish.jobs.deepspeed import RANK_LOGS
-from megafish.jobs.status import ACTIVE, run_status
+from megafish.jobs.status import ACTIVE, job_runs, run_status
 from megafish.run import RunDir
 
 _BEAT = 0.5
@@ -16,8 +16,6 @@ _BEAT = 0.5
 _END = 1 << 22
 # Seconds between questions whether the run goes on: Slurm does not like to be asked often.
 _ASK = 10.0
-# Seconds for which the batch script may still write after its run is over: what became of it is its last line.
-_LAST = 5.0
 
 
 def awaited(run: RunDir, rank: int | None) -> Path:
@@ -50,20 +48,23 @@ def log_file(run: RunDir, rank: int | None) -> Path:
 
 
 def show(run: RunDir, log: Path, *, lines: int, follow: bool) -> None:
-    """Print the last lines of a log; with `follow` go on until the run neither waits nor runs."""
+    """Print the last lines of a log; with `follow` go on until the run neither waits nor runs, and its batch script,
+    whose last line says what became of it, has ended too."""
     with open(log, "rb") as file:
         file.seek(max(log.stat().st_size - _END, 0))
         for line in file.read().splitlines(keepends=True)[-lines:] if lines else []:
             _print(line)
-        asked, over = time.monotonic(), False
+        asked = time.monotonic()
         while follow:
             if block := file.read():
                 _print(block)
                 continue
-            if time.monotonic() - asked > (_LAST if over else _ASK):
-                if over:
+            if time.monotonic() - asked > _ASK:
+                asked = time.monotonic()
+                status = run_status(run.path)
+                if status.state not in ACTIVE and not (status.job and job_runs(status.job)):
+                    _print(file.read())
                     return
-                asked, over = time.monotonic(), run_status(run.path).state not in ACTIVE
             time.sleep(_BEAT)
 
 

@@ -87,6 +87,12 @@ def run_status(path: str | Path) -> RunStatus:
     return statuses([Path(path)])[0]
 
 
+def job_runs(number: str) -> bool:
+    """Does Slurm say that a job is running? Its batch script goes on for a moment after a run that is complete."""
+    entry = SlurmView([number]).of(number)
+    return entry is not None and _SLURM_STATES.get(entry.state) == RUNNING
+
+
 def statuses(paths: Sequence[Path]) -> list[RunStatus]:
     """How runs are doing, in the order given; Slurm is asked once."""
     runs = [RunDir.existing(path) for path in paths]

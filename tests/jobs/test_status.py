@@ -97,7 +97,7 @@ def test_a_process_that_is_gone(make: Make) -> None:
         "failed", f"process {child.pid} ended without a word",
     )  # fmt: skip
     # Another process has the number now.
-    live(run, pid=os.getpid(), born=born - 100)
+    live(run, pid=os.getpid(), born=psutil.Process().create_time() - 100)
     assert run_status(run.path).state == "failed"
 
 
