@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megafish.audit.laws import by_size, cells, fitted, occurrences_law, prompt_law, size_law
+from megafish.audit.panels import divergence_panel, memorization_panels
 from megafish.audit.plots import WARM, Panel, Series, short_number
 from megafish.audit.view import RunView
 
@@ -25,6 +26,12 @@ ATTACKS = {
     "blind": "blind",
 }
 """Names of the attacks of summary.json on the page."""
+
+
+def all_panels(runs: Sequence[RunView]) -> list[Panel]:
+    """All that audits have data for: memorization by copies, the plots of this file, where each run leaves the text."""
+    divergence = [panel for run in runs if (panel := divergence_panel(run)) is not None]
+    return memorization_panels(runs) + audit_panels(runs) + divergence
 
 
 def audit_panels(runs: Sequence[RunView]) -> list[Panel]:

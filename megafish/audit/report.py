@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megafish import __version__
-from megafish.audit.audit_panels import audit_panels
+from megafish.audit.audit_panels import all_panels
 from megafish.audit.laws import laws
-from megafish.audit.panels import divergence_panel, memorization_panels, training_panels
+from megafish.audit.panels import training_panels
 from megafish.audit.plots import Panel, Series, draw, short_number, to_png, to_svg
 from megafish.audit.rows import (
     comparison,
@@ -55,8 +55,7 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Pat
     folder = Path(output) if output is not None else runs[0].path if len(runs) == 1 else Path("report")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    memorization = memorization_panels(runs) + audit_panels(runs)
-    memorization += [panel for run in runs if (panel := divergence_panel(run)) is not None]
+    memorization = all_panels(runs)
     if len(runs) > 1:
         _tell_apart(memorization, "divergence")
     training = training_panels(runs)

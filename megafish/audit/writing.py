@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megafish.audit.audit_panels import audit_panels
-from megafish.audit.panels import divergence_panel, memorization_panels
+from megafish.audit.audit_panels import all_panels
 from megafish.audit.plots import draw, to_png
 from megafish.audit.view import RunView
 
@@ -37,9 +36,7 @@ def write_audit(folder: Path, summary: dict[str, Any], records: Sequence[dict[st
     beside.mkdir(parents=True)
     with open(beside / "extraction.jsonl", "w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in records)
-    panels = memorization_panels([view]) + audit_panels([view])
-    divergence = divergence_panel(view)
-    for panel in [*panels, *([divergence] if divergence else [])]:
+    for panel in all_panels([view]):
         (beside / f"{panel.name}.png").write_bytes(to_png(draw(panel, "light")))
     (beside / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     # A folder that is not empty cannot be replaced in one step: the earlier audit makes way first.

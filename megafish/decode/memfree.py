@@ -49,12 +49,12 @@ class Context:
 
     def __init__(self, filter: NgramFilter, texts: Sequence[Sequence[int]]) -> None:
         self.filter = filter
-        self._tokens = np.zeros((len(texts), filter.n - 1), dtype=np.int64)
-        self._seen = np.zeros(len(texts), dtype=np.int64)
+        width = filter.n - 1
+        self._tokens = np.zeros((len(texts), width), dtype=np.int64)
+        self._seen = np.array([len(text) for text in texts], dtype=np.int64)
         for row, text in enumerate(texts):
-            last = text[-self._tokens.shape[1] :]
-            self._tokens[row, self._tokens.shape[1] - len(last) :] = last
-            self._seen[row] = len(last)
+            last = text[-width:]
+            self._tokens[row, width - len(last) :] = last
 
     def append(self, tokens: torch.Tensor) -> None:
         """The next token of each row: int64 [b]."""
