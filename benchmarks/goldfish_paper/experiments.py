@@ -25,7 +25,7 @@ EXPOSURES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 COUNT, TOKENS, PROMPT, SUFFIX = 8, 80, 40, 40
 """Canaries of each number of copies, and their tokens."""
 VARIANTS, VARIANT_COPIES, FLIPPED = 4, 384, 0.35
-"""Passages planted as near-duplicates, their copies, and the share of the words that can change case which do."""
+"""Passages planted as near-duplicates, their copies, and the share of the tokens that can change case which do."""
 
 
 @dataclass(frozen=True)
