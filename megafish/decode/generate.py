@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -129,9 +130,10 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, uniform: torch.Tensor, blocked: Blocked | None = None) -> torch.Tensor:
         """logits fp32 [b, V], uniform float64 [b] in [0, 1) -> ids int64 [b], by inversion of the cumulative
-        distribution. blocked: tells which candidates are impossible; -1 where all are."""
+        distribution. blocked (above temperature 0): which candidates are impossible; -1 where all are."""
         if self.temperature == 0.0:
-            return logits.argmax(-1) if blocked is None else first_allowed(logits, 1, blocked)[1].squeeze(1)
+            assert blocked is None
+            return logits.argmax(-1)
         if blocked is None:
             return self._draw(*self._allowed(logits), uniform)
         if self.top_k is None:
@@ -297,7 +299,11 @@ def _choose_free(
     likeliest = scores.argmax(-1)
     rejected = context.blocked(likeliest[:, None])[:, 0]
     memfree.count(rejected, going)
-    if sampler.temperature == 0.0 and not bool(rejected.any()):
+    if sampler.temperature == 0.0:
+        # Only the rows whose likeliest token is blocked need another one: few of them, and none at most steps.
+        rows = (rejected & going).nonzero().squeeze(1)
+        if len(rows):
+            likeliest[rows] = first_allowed(scores[rows], 1, partial(context.blocked, rows=rows))[1].squeeze(1)
         return likeliest
     chosen = sampler.choose(scores, uniform, context.blocked)
     return torch.where(going, chosen, chosen.clamp(min=0))

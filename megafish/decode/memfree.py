@@ -65,10 +65,12 @@ class Context:
         """Go on with these rows alone."""
         self._tokens, self._seen = self._tokens[rows], self._seen[rows]
 
-    def blocked(self, candidates: torch.Tensor) -> torch.Tensor:
-        """Which tokens may not follow: int64 [b, m] -> bool [b, m]."""
-        found = self.filter.contains_next(self._tokens, candidates.cpu().numpy())
-        found &= (self._seen >= self._tokens.shape[1])[:, None]
+    def blocked(self, candidates: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Which tokens may not follow: int64 [b, m] -> bool [b, m]; of these rows alone where they are given (int64
+        [b])."""
+        chosen: Any = slice(None) if rows is None else rows.cpu().numpy()
+        found = self.filter.contains_next(self._tokens[chosen], candidates.cpu().numpy())
+        found &= (self._seen[chosen] >= self._tokens.shape[1])[:, None]
         return torch.from_numpy(found).to(candidates.device)
 
 

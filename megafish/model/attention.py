@@ -123,8 +123,8 @@ def one_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     """attend_cached for one token a row in half precision on a CPU, as two batched products: query [b, 1, H, head_dim],
     mask [b, 1, 1, L].
 
-    torch's kernel for the CPU is made for many queries; for a single one in bf16 it takes 1.3 to 1.5 times as long with 80
-    tokens, 4.5 times with 512 and grouped heads (benchmarks/audit.py). In fp32 it is the faster way.
+    torch's kernel for the CPU is made for many queries; for a single one in bf16 it takes 1.3 to 1.5 times as long with
+    80 tokens, 4.5 times with 512 and grouped heads (benchmarks/audit.py). In fp32 it is the faster way.
     """
     batch, kv_heads, length, head_dim = key.shape
     q = (query * head_dim**-0.5).reshape(batch * kv_heads, -1, head_dim)
