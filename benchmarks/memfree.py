@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run that recites (default: megafish demo's plain one, made anew)")
     parser.add_argument("--ngrams", type=float, default=1e7)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--save", action="store_true", help="write results/DATE_memfree.md")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
