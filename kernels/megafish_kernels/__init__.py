@@ -1,6 +1,7 @@
 """The goldfish mask, the fused linear cross-entropy and a Llama's element-wise operators, for any PyTorch training
 loop. Imports nothing of megafish."""
 
+from megafish_kernels.distillation import linear_kl_divergence
 from megafish_kernels.goldfish import goldfish_coefficients, goldfish_drop
 from megafish_kernels.head import LinearCrossEntropyHead
 from megafish_kernels.loss import LossStats, linear_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "goldfish_drop",
     "goldfish_keep",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "patch_cross_entropy",
     "rms_norm",
     "rotary",

@@ -12,7 +12,7 @@ from megafish.config import LossConfig
 from megafish.data.loader import IGNORE
 from megafish.model.mesh import Axis
 from megafish.model.parallel import first_id
-from megafish_kernels import linear_cross_entropy, patch_cross_entropy
+from megafish_kernels import linear_cross_entropy, linear_kl_divergence, patch_cross_entropy
 from megafish_kernels.partials import entropy_weight
 
 
@@ -45,6 +45,27 @@ class Contrast(NamedTuple):
     """Its output head, [padded V', D'] for the same vocabulary."""
 
 
+class Teacher(NamedTuple):
+    """Predictions that those of the kept targets are compared with, in the order of the targets."""
+
+    hidden: torch.Tensor | None = None
+    """Its hidden states [n, D']. None: the model itself, as it is."""
+    weight: torch.Tensor | None = None
+    """Its output head [padded V', D']. None: the model's own, as it is."""
+    penalty: float = 0.0
+    """What the logits of the true tokens are lowered by [nats]; inf leaves them out."""
+
+
+class TeacherLosses(NamedTuple):
+    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. Of the n kept targets alone, in fp32:
+    divergence, KL(teacher || model) with gradient, and entropy, the teacher's; the two add up to the cross-entropy with
+    the teacher's predictions as soft labels."""
+
+    loss: torch.Tensor
+    divergence: torch.Tensor
+    entropy: torch.Tensor
+
+
 class LossHead(nn.Module):
     """Output projection and loss in one. A module of its own, so that ZeRO-3's hooks gather the weight around its
     forward."""
@@ -67,13 +88,14 @@ class LossHead(nn.Module):
         per_token: bool = False,
         contrast: Contrast | None = None,
         correct: bool = False,
-    ) -> torch.Tensor | LossOutput | TokenLosses:
+        teacher: Teacher | None = None,
+    ) -> torch.Tensor | LossOutput | TokenLosses | TeacherLosses:
         """hidden [..., D]; with tensor parallelism this process's [n / T, D], and no logits.
 
         Without targets: logits [..., padded V], the product in hidden's dtype cast up to fp32 (so bf16 hidden states
         give logits of bf16 precision). With targets [...], of all n tokens: LossOutput, or with per_token the plain
-        cross-entropy fp32 [...] in nats, 0 at ignored positions, with `correct` TokenLosses. With targets [..., K]:
-        LossOutput over all of them.
+        cross-entropy fp32 [...] in nats, 0 at ignored positions, with `correct` TokenLosses, with a teacher
+        TeacherLosses. With targets [..., K]: LossOutput over all of them.
         """
         if targets is None:
             assert not self.parallel
@@ -93,6 +115,9 @@ class LossHead(nn.Module):
                 return_stats=correct,
                 **self.parallel,
             )
+            if teacher is not None:
+                assert isinstance(losses, torch.Tensor)
+                return TeacherLosses(losses, *self._divergence(hidden, targets, teacher))
             if isinstance(losses, torch.Tensor):
                 return losses
             assert losses[1].correct is not None
@@ -112,6 +137,24 @@ class LossHead(nn.Module):
             assert stats.entropy is not None
             weight_sum = (entropy_weight(stats.entropy, *self.loss.entropy_weight) * (targets != IGNORE)).sum()
         return LossOutput(_mean(total, targets, denominator), stats.cross_entropy.sum(), weight_sum)
+
+    def _divergence(
+        self, hidden: torch.Tensor, targets: torch.Tensor, teacher: Teacher
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the kept targets: KL(teacher || model) and the teacher's entropy, fp32 [n]."""
+        assert not self.parallel
+        rows = (targets != IGNORE).flatten().nonzero().squeeze(1)
+        kept = hidden.flatten(0, -2).index_select(0, rows)
+        return linear_kl_divergence(
+            kept,
+            self.weight,
+            kept if teacher.hidden is None else teacher.hidden,
+            self.weight if teacher.weight is None else teacher.weight,
+            targets=targets.flatten().index_select(0, rows),
+            penalty=teacher.penalty,
+            vocab_size=self.vocab_size,
+            logits_bytes=self.logits_bytes or 64 << 20,
+        )
 
     @property
     def _terms(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megafish.data.patches import ABSENT
 from megafish.errors import InputError
 from megafish.model.attention import Layout, attend, attend_cached, layout
 from megafish.model.flops import padded_vocab_size
-from megafish.model.head import Contrast, LossHead, LossOutput, TokenLosses
+from megafish.model.head import Contrast, LossHead, LossOutput, Teacher, TeacherLosses, TokenLosses
 from megafish.model.mesh import Axis, Mesh
 from megafish.model.parallel import (
     ColumnParallelLinear,
@@ -353,7 +353,9 @@ class Transformer(nn.Module):
         patch: int | None = None,
         contrast: Contrast | None = None,
         correct: bool = False,
-    ) -> torch.Tensor | LossOutput | TokenLosses:
+        teacher: Teacher | None = None,
+        hidden_after: int | None = None,
+    ) -> torch.Tensor | LossOutput | TokenLosses | TeacherLosses:
         """Loss, per-token loss or logits of tokens int64 [b, S].
 
         targets: int64 [b, S], -100 where nothing is supervised. drop: bool [b, S], True where the target is left out
@@ -366,6 +368,10 @@ class Transformer(nn.Module):
         the mean of those of its tokens (arXiv 2407.12665), and it predicts all tokens of the next one.
 
         contrast: what a premature model adds to the logits of the tokens that it names (objective.contrast).
+
+        teacher: what the predictions are compared with (head.Teacher), with per_token; the result is TeacherLosses.
+        hidden_after: stop after so many blocks and return the hidden states [b, S, D]; after all of them, as the head
+        takes them. Neither with a mesh.
 
         With sequence parallelism tokens, targets and drop are this process's part of each row, S / P consecutive tokens
         in the order of ranks; cu_seqlens and max_seqlen are of the whole rows. Losses and denominator's default are of
@@ -385,6 +391,12 @@ class Transformer(nn.Module):
             raise ValueError("correct is told of each token: give per_token")
         if per_token and denominator is not None:
             raise ValueError("per_token losses are not summed: leave denominator out")
+        if teacher is not None and (not per_token or correct):
+            raise ValueError("a teacher is compared with token by token: give per_token, and not correct")
+        if hidden_after is not None and (targets is not None or cache is not None or last_only):
+            raise ValueError("hidden_after asks for hidden states: leave targets, cache and last_only out")
+        if hidden_after is not None and not 1 <= hidden_after <= len(self.blocks):
+            raise ValueError(f"hidden_after={hidden_after}: the model has blocks 1 to {len(self.blocks)}")
         if patch is not None and (targets is None or per_token or cache is not None or self.mesh.tensor.size > 1):
             raise ValueError("patches are for training: give targets, and neither per_token, cache nor a tensor mesh")
         if contrast is not None and (targets is None or per_token or patch is not None or self.mesh.tensor.size > 1):
@@ -414,19 +426,21 @@ class Transformer(nn.Module):
                     contrast = contrast._replace(mask=contrast.mask.flatten().index_select(0, rows))
         x = self.embedding(tokens) if patch is None else self._patches(tokens, patch)
         last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks[:hidden_after]):
             wanted = rows if layer == last else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # A block draws no random numbers, so their state need not be saved for the recomputation.
                 x = checkpoint(block, x, step, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, step, wanted)
+        if hidden_after is not None:
+            return self.norm(x) if hidden_after == len(self.blocks) else x
         if cache is not None:
             ends = cache.advance(tokens.shape[1])
         if last_only:
             x = x[torch.arange(len(x), device=x.device), ends][:, None] if cache is not None else x[:, -1:]
         if tensor.size == 1:
-            return self.head(self.norm(x), targets, denominator, per_token, contrast, correct)
+            return self.head(self.norm(x), targets, denominator, per_token, contrast, correct, teacher)
         assert targets is not None
         out = self.head(self.norm(x), targets.flatten(), denominator, per_token, correct=correct)
         if isinstance(out, TokenLosses):

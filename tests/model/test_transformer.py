@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megafish.config import LossConfig, ModelConfig, RopeScaling
 from megafish.errors import InputError
-from megafish.model.head import LossOutput
+from megafish.model.head import LossOutput, Teacher
 from megafish.model.transformer import KVCache, Transformer
 from tests.model.hf_weights import from_hf
 
@@ -415,3 +415,31 @@ def test_a_patch_is_the_mean_of_its_own_document() -> None:
 def test_patches_are_for_training() -> None:
     with pytest.raises(ValueError, match="patches are for training"):
         tiny()(tokens(1, 16), patch=4)
+
+
+def test_hidden_states_on_the_way() -> None:
+    model, ids = tiny(), tokens(2, 12)
+    torch.testing.assert_close(model.head(model(ids, hidden_after=2)), model(ids), rtol=0, atol=0)
+    one = model(ids, hidden_after=1)
+    torch.testing.assert_close(
+        model.norm(model.blocks[1](one, model._step((2, 12), ids.device, None, None, None))),
+        model(ids, hidden_after=2),
+        rtol=0,
+        atol=0,
+    )
+    with pytest.raises(ValueError, match="blocks 1 to 2"):
+        model(ids, hidden_after=3)
+
+
+def test_a_teacher_is_compared_at_the_kept_targets() -> None:
+    model, other, ids = tiny(), Transformer(tiny().config, 90, seed=4), tokens(2, 12)
+    targets = tokens(2, 12, seed=2)
+    targets[:, :5] = -100
+    kept = targets != -100
+    teacher = Teacher(other(ids, hidden_after=2)[kept].detach(), other.head.weight.detach())
+    out = model(ids, targets=targets, per_token=True, teacher=teacher)
+    log_p, log_q = (each(ids)[..., : each.vocab_size].log_softmax(-1)[kept] for each in (other, model))
+    torch.testing.assert_close(out.divergence, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.loss, model(ids, targets=targets, per_token=True), rtol=0, atol=0)
+    own = model(ids, targets=targets, per_token=True, teacher=Teacher())
+    assert own.divergence.abs().max() < 1e-6
