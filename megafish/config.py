@@ -44,6 +44,7 @@ from megafish.config_sections import (
     TrainConfig,
     WandbConfig,
 )
+from megafish.config_unlearn import UnlearnConfig
 from megafish.config_yaml import Tree, dump_yaml, overlay, parse_overrides, read_tree
 from megafish.errors import InputError
 
@@ -68,6 +69,7 @@ __all__ = [
     "SourceConfig",
     "TrackConfig",
     "TrainConfig",
+    "UnlearnConfig",
     "WandbConfig",
     "dump_config",
     "json_schema",
@@ -115,6 +117,8 @@ class Config(Section):
     """Profiling."""
     audit: AuditConfig = Field(default_factory=AuditConfig)
     """Memorization audit."""
+    unlearn: UnlearnConfig | None = None
+    """Removal of what a model has memorized (`megafish unlearn`). null: a run of `megafish train`."""
 
     @model_validator(mode="after")
     def _accumulates_in_fp32(self) -> Config:

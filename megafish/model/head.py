@@ -46,7 +46,7 @@ class Contrast(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """Predictions that those of the kept targets are compared with, in the order of the targets."""
+    """Predictions that those of the kept targets, or of `rows` among them, are compared with, in their order."""
 
     hidden: torch.Tensor | None = None
     """Its hidden states [n, D']. None: the model itself, as it is."""
@@ -54,10 +54,12 @@ class Teacher(NamedTuple):
     """Its output head [padded V', D']. None: the model's own, as it is."""
     penalty: float = 0.0
     """What the logits of the true tokens are lowered by [nats]; inf leaves them out."""
+    rows: torch.Tensor | None = None
+    """Which targets, int64 indices into the flattened batch. None: all that are kept."""
 
 
 class TeacherLosses(NamedTuple):
-    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. Of the n kept targets alone, in fp32:
+    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. Of the n compared targets alone, in fp32:
     divergence, KL(teacher || model) with gradient, and entropy, the teacher's; the two add up to the cross-entropy with
     the teacher's predictions as soft labels."""
 
@@ -141,9 +143,9 @@ class LossHead(nn.Module):
     def _divergence(
         self, hidden: torch.Tensor, targets: torch.Tensor, teacher: Teacher
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the kept targets: KL(teacher || model) and the teacher's entropy, fp32 [n]."""
+        """Of the compared targets: KL(teacher || model) and the teacher's entropy, fp32 [n]."""
         assert not self.parallel
-        rows = (targets != IGNORE).flatten().nonzero().squeeze(1)
+        rows = (targets != IGNORE).flatten().nonzero().squeeze(1) if teacher.rows is None else teacher.rows
         kept = hidden.flatten(0, -2).index_select(0, rows)
         return linear_kl_divergence(
             kept,

@@ -1,0 +1,1 @@
+"""Removal of what a trained model has memorized."""
