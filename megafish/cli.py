@@ -18,10 +18,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from megafish import __version__
 from megafish.data import duplicates_cli
 from megafish.decode import cli as decode_cli
-from megafish.errors import InputError
+from megafish.errors import InputError, Stopped
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
 from megafish.sweep.cli import sweep
+from megafish.unlearn import cli as unlearn_cli
 
 app = typer.Typer(
     help="Pretrain language models that cannot recite their training data, and prove it.",
@@ -65,10 +66,6 @@ _MACHINE = (
 )  # fmt: skip
 
 
-class _Stopped(SystemExit):
-    """The end of a run that a signal stopped, and that has said so."""
-
-
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
     try:
@@ -80,7 +77,7 @@ def main() -> None:
             raise
         _fail(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
     except SystemExit as end:
-        if end.code == 130 and not isinstance(end, _Stopped):  # what typer makes of Ctrl-C, without a word
+        if end.code == 130 and not isinstance(end, Stopped):  # what typer makes of Ctrl-C, without a word
             print("interrupted", file=sys.stderr)
         raise
 
@@ -272,6 +269,8 @@ def train(
             settings, resume = run.load_config([*overrides, f"run_dir={config}"]), True
         else:
             settings = load_config(config, overrides)
+        if settings.unlearn is not None:
+            raise InputError(f"{config}: has a section unlearn: `megafish unlearn {config}` runs it")
         if print_config:
             print(dump_config(settings, with_help=True), end="")
             return
@@ -307,7 +306,7 @@ def train(
             print(f"{where}; stopped by {outcome.signal.name}" if outcome.spent.steps else early)
             print(f"next: {again}")
     if outcome.signal is not None:
-        raise _Stopped(128 + outcome.signal)
+        raise Stopped(128 + outcome.signal)
 
 
 @app.command(epilog="Example: megafish verify runs/tiny")
@@ -520,6 +519,7 @@ def audit(
 evaluate_cli.add_to(app)
 duplicates_cli.add_to(app)
 decode_cli.add_to(app)
+unlearn_cli.add_to(app)
 
 
 @app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")

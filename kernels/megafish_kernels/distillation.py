@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def linear_kl_divergence(
     teacher_weight: Tensor,
     *,
     targets: Tensor | None = None,
-    penalty: float = 0.0,
+    penalty: float | Tensor = 0.0,
     vocab_size: int | None = None,
     logits_bytes: int = _LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +38,7 @@ def linear_kl_divergence(
         weight: [V, D] in the same dtype.
         teacher_hidden, teacher_weight: [n, D'] and [V, D'] in one dtype.
         targets: int64 [n], the tokens whose logits the penalty lowers.
-        penalty: in nats; inf leaves those tokens out of p altogether.
+        penalty: in nats, one for all rows or [n]; inf leaves those tokens out of p altogether.
         vocab_size: rows of the weights that are tokens; those behind them are never predicted.
         logits_bytes: what the fp32 logits of one head may take at one time.
 
@@ -58,13 +57,17 @@ def linear_kl_divergence(
             raise ValueError(
                 f"{name} {list(states.shape)} does not fit a weight {list(matrix.shape)} of at least {vocab_size} rows"
             )
-    if penalty and targets is None:
+    lowers = isinstance(penalty, Tensor) or penalty != 0
+    if lowers and targets is None:
         raise ValueError(f"penalty={penalty}: give the targets whose logits it lowers")
     if targets is not None and targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {list(targets.shape)} for {len(hidden)} rows")
+    lowered = None
+    if lowers and targets is not None:
+        lowered = torch.as_tensor(penalty, device=hidden.device).to(reduction_dtype(hidden.dtype)).expand(targets.shape)
     rows = max(1, logits_bytes // (4 * vocab_size))
     found: tuple[Tensor, Tensor] = _Divergence.apply(
-        hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), targets, float(penalty), vocab_size, rows
+        hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), targets, lowered, vocab_size, rows
     )
     return found
 
@@ -80,17 +83,19 @@ class _Divergence(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         targets: Tensor | None,
-        penalty: float,
+        penalty: Tensor | None,
         vocab_size: int,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, targets)
-        ctx.penalty, ctx.vocab_size, ctx.rows = penalty, vocab_size, rows
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, targets, penalty)
+        ctx.vocab_size, ctx.rows = vocab_size, rows
         divergence = hidden.new_empty(len(hidden), dtype=reduction_dtype(hidden.dtype))
         entropy = torch.empty_like(divergence)
         for part in _chunks(len(hidden), rows):
             log_q = _log_probs(hidden[part], weight[:vocab_size])
-            log_p = _teacher(teacher_hidden[part], teacher_weight[:vocab_size], _part(targets, part), penalty)
+            log_p = _teacher(
+                teacher_hidden[part], teacher_weight[:vocab_size], _part(targets, part), _part(penalty, part)
+            )
             log_p = log_p.to(log_q.dtype)
             p = log_p.exp()
             # 0 log 0 = 0: a token that is left out has a log-probability of -inf.
@@ -102,14 +107,14 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight, teacher_hidden, teacher_weight, targets = ctx.saved_tensors
+        hidden, weight, teacher_hidden, teacher_weight, targets, penalty = ctx.saved_tensors
         upstream = grads[0]
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=reduction_dtype(hidden.dtype)) if ctx.needs_input_grad[1] else None
         size = ctx.vocab_size
         for part in _chunks(len(hidden), ctx.rows):
             d_logits = _log_probs(hidden[part], weight[:size]).exp()
-            log_p = _teacher(teacher_hidden[part], teacher_weight[:size], _part(targets, part), ctx.penalty)
+            log_p = _teacher(teacher_hidden[part], teacher_weight[:size], _part(targets, part), _part(penalty, part))
             d_logits = ((d_logits - log_p.to(d_logits.dtype).exp()) * upstream[part, None]).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight[:size]
@@ -122,12 +127,11 @@ def _log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.log_softmax(F.linear(hidden, weight).to(reduction_dtype(hidden.dtype)), dim=-1)
 
 
-def _teacher(hidden: Tensor, weight: Tensor, targets: Tensor | None, penalty: float) -> Tensor:
+def _teacher(hidden: Tensor, weight: Tensor, targets: Tensor | None, penalty: Tensor | None) -> Tensor:
     """Log-probabilities of the teacher, its targets' logits lowered."""
     logits = F.linear(hidden, weight).to(reduction_dtype(hidden.dtype))
-    if penalty and targets is not None:
-        lowered = -math.inf if math.isinf(penalty) else -penalty
-        logits.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], lowered, dtype=logits.dtype))
+    if penalty is not None and targets is not None:
+        logits.scatter_add_(1, targets[:, None], -penalty[:, None].to(logits.dtype))
     return torch.log_softmax(logits, dim=-1)
 
 

@@ -52,14 +52,14 @@ class Teacher(NamedTuple):
     """Its hidden states [n, D']. None: the model itself, as it is."""
     weight: torch.Tensor | None = None
     """Its output head [padded V', D']. None: the model's own, as it is."""
-    penalty: float = 0.0
-    """What the logits of the true tokens are lowered by [nats]; inf leaves them out."""
+    penalty: float | torch.Tensor = 0.0
+    """What the logits of the true tokens are lowered by [nats], one for all or [n]; inf leaves them out."""
     rows: torch.Tensor | None = None
     """Which targets, int64 indices into the flattened batch. None: all that are kept."""
 
 
 class TeacherLosses(NamedTuple):
-    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. Of the n compared targets alone, in fp32:
+    """loss: fp32, plain cross-entropy of each target [nats], 0 at ignored ones. Of the n compared targets alone, fp32:
     divergence, KL(teacher || model) with gradient, and entropy, the teacher's; the two add up to the cross-entropy with
     the teacher's predictions as soft labels."""
 

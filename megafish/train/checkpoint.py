@@ -44,6 +44,7 @@ _FIXED = {
     "model": "the model's shape is not the one of this run",
     "optimizer": "the stored state is of another optimizer",
     "premature": "contrast.premature is not the model that this run is contrasted with",
+    "unlearn": "the method, its settings, its texts or the starting model are not those of this run",
 }
 
 

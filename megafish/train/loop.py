@@ -76,7 +76,7 @@ def train(
         stop = stop or stack.enter_context(StopRequest())
         processes = start_processes(config.train.device, config.engine.tensor_parallel, config.engine.sequence_parallel)
         run = RunDir(config.run_path)
-        life = together(lambda: _claim(run, processes, resume, stack))
+        life = together(lambda: claim(run, processes, resume, stack))
 
         def ended(spent: Spent, number: int) -> Outcome:
             """The run leaves: its budget is used up, or signal `number` (0: none) stopped it."""
@@ -85,12 +85,12 @@ def train(
                 life.end(signal)
             return Outcome(run, spent, signal)
 
-        watchdog = stack.enter_context(_watchdog(config, run, processes))
+        watchdog = stack.enter_context(watchdog_of(config, run, processes))
         watchdog.mark("opening the data", 0, slow=True)
         data = together(lambda: open_data(config, processes))
         budget = Budget.from_config(config)
         stages = Stages(config, budget)
-        if number := _asked_to_stop(stop, processes):
+        if number := asked_to_stop(stop, processes):
             return ended(Spent(), number)
 
         memory = together(lambda: check_fits(config, data.tokenizer.vocab_size, processes.world_size, processes.device))
@@ -110,7 +110,7 @@ def train(
             )
         parameters = parameter_count(config.model, data.tokenizer.vocab_size)
         engine = Engine(config, model, processes)
-        if number := _asked_to_stop(stop, processes):
+        if number := asked_to_stop(stop, processes):
             return ended(Spent(), number)
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
@@ -126,7 +126,7 @@ def train(
         quarantine = shared_quarantine(run, processes)
 
         profile = together(lambda: _open_profiler(run, config, spent, processes))
-        tracker = together(lambda: _open_tracker(run, config, spent, processes, console, stack))
+        tracker = together(lambda: open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if point.note is not None:
                 tracker.note(point.note)
@@ -151,7 +151,7 @@ def train(
             """Between the batches of an evaluation: whether to leave it. One small collective."""
             nonlocal owed
             watchdog.mark("evaluation", spent.steps, slow=True)
-            owed = owed or _asked_to_stop(stop, processes) != 0
+            owed = owed or asked_to_stop(stop, processes) != 0
             return owed
 
         def evaluate(*, canaries_alone: bool = False) -> None:
@@ -315,7 +315,7 @@ def train(
                     "tokens_per_s": data.batch_tokens / seconds,
                     "model_flops_per_s": achieved,
                     "mfu": None if peak is None else achieved / (peak * processes.world_size),
-                    "memory_bytes": _memory_bytes(processes),
+                    "memory_bytes": memory_bytes(processes),
                     **phase_seconds,
                 }
                 if last or spent.steps % config.track.log_interval == 0:
@@ -324,9 +324,9 @@ def train(
 
             # ---- validate
             valid_loss = None
-            if last or _due(spent.steps, config.eval.interval):
+            if last or due(spent.steps, config.eval.interval):
                 evaluate()
-            elif _due(spent.steps, config.eval.canary_interval):
+            elif due(spent.steps, config.eval.canary_interval):
                 evaluate(canaries_alone=True)
             if too_much is not None:
                 save(wait=True)
@@ -334,10 +334,10 @@ def train(
                 raise Recites(f"{run.path}: step {spent.steps}: {too_much}")
 
             # ---- save
-            if last or _due(spent.steps, config.checkpoint.interval):
+            if last or due(spent.steps, config.checkpoint.interval):
                 save(wait=last)
                 saved, rollbacks = spent.steps, 0
-            elif _due(spent.steps, config.guard.replica_check_interval):
+            elif due(spent.steps, config.guard.replica_check_interval):
                 compare()
             report_checkpoints()
 
@@ -350,7 +350,7 @@ def train(
         for line in profile.report():
             if tracker is not None:
                 tracker.note(line)
-        return ended(spent, _asked_to_stop(stop, processes) if stopped or owed else 0)
+        return ended(spent, asked_to_stop(stop, processes) if stopped or owed else 0)
 
 
 def _next_batch(batches: Iterator[StepBatch | None]) -> tuple[StepBatch | None, Exception | None]:
@@ -366,12 +366,13 @@ def _refuse(problem: Exception | None) -> None:
         raise problem
 
 
-def _asked_to_stop(stop: StopRequest, processes: Processes) -> int:
+def asked_to_stop(stop: StopRequest, processes: Processes) -> int:
     """The signal that any process got, 0 for none. Collective: all stop together, and with the same exit code."""
     return largest(stop.received or 0, processes)
 
 
-def _watchdog(config: Config, run: RunDir, processes: Processes) -> Watchdog:
+def watchdog_of(config: Config, run: RunDir, processes: Processes) -> Watchdog:
+    """This process's watchdog, as the section guard asks for it."""
     return Watchdog(
         processes.rank,
         processes.world_size,
@@ -382,7 +383,7 @@ def _watchdog(config: Config, run: RunDir, processes: Processes) -> Watchdog:
     )
 
 
-def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> Announcement | None:
+def claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) -> Announcement | None:
     """Take the run directory for this run, on the main process."""
     if not processes.is_main:
         return None
@@ -392,7 +393,7 @@ def _claim(run: RunDir, processes: Processes, resume: bool, stack: ExitStack) ->
     return stack.enter_context(Announcement(run, processes.world_size))
 
 
-def _open_tracker(
+def open_tracker(
     run: RunDir, config: Config, spent: Spent, processes: Processes, console: Console, stack: ExitStack
 ) -> Tracker | None:
     """The main process's tracker, once the directory says what the run is from here on."""
@@ -456,11 +457,12 @@ def _step_flops(config: Config, data: TrainingData, kept: int, patch: int | None
     return flops_per_token(config.model, vocab, length, kept / data.batch_tokens) * data.batch_tokens
 
 
-def _due(step: int, interval: int | None) -> bool:
+def due(step: int, interval: int | None) -> bool:
+    """Whether something that happens every `interval` steps happens after this one. None: never."""
     return interval is not None and step % interval == 0
 
 
-def _memory_bytes(processes: Processes) -> int:
+def memory_bytes(processes: Processes) -> int:
     """Peak memory of this process: allocated on its GPU, or resident."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device)

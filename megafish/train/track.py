@@ -32,10 +32,13 @@ _GROUPS = {
     "canaries": "memorization",
     "checkpoint": "checkpoint",
     "skipped": "guard",
+    "unlearned": "unlearning",
 }
 # Of a step's numbers, those that are not about what it has learned.
 _PLACES = {
     "lr": "optimizer",
+    "forget_loss": "unlearning",
+    "retain_loss": "unlearning",
     "grad_norm": "optimizer",
     "kept_tokens": "goldfish",
     "dropped_tokens": "goldfish",

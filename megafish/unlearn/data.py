@@ -61,12 +61,12 @@ def read_sets(config: Config, tokenizer: Tokenizer) -> Sets:
     pairs = read_pairs(settings.forget, "forget")
     forget = encode(pairs, settings, tokenizer, longest, "unlearn.forget")
     retain = encode(read_pairs(settings.retain, "retain"), settings, tokenizer, longest, "unlearn.retain")
-    both = set(item.tokens for item in forget) & set(item.tokens for item in retain)
+    both = {item.tokens for item in forget} & {item.tokens for item in retain}
     if both:
         example = tokenizer.decode(min(both))[:80]
         raise InputError(
-            f"unlearn.forget and unlearn.retain share {len(both)} of {len(forget)} texts (such as {example!r}): what is "
-            "to be kept cannot be forgotten; take them out of one of the two"
+            f"unlearn.forget and unlearn.retain share {len(both)} of {len(forget)} texts (such as {example!r}): what "
+            "is to be kept cannot be forgotten; take them out of one of the two"
         )
     substitutes: list[Item] = []
     if settings.substitutes is not None:

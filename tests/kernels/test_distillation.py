@@ -81,3 +81,13 @@ def test_refuses_what_does_not_fit() -> None:
         linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight, penalty=1.0)
     with pytest.raises(ValueError, match="rows"):
         linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight, targets=targets[1:])
+
+
+def test_each_row_has_its_penalty() -> None:
+    hidden, weight, *teacher, targets = inputs(torch.float64)
+    penalty = torch.tensor([0.0, 10.0, math.inf], dtype=torch.float64)[torch.arange(ROWS) % 3]
+    mixed, _ = linear_kl_divergence(hidden, weight, *teacher, targets=targets, penalty=penalty, vocab_size=VOCAB)
+    for value in (0.0, 10.0, math.inf):
+        alone, _ = linear_kl_divergence(hidden, weight, *teacher, targets=targets, penalty=value, vocab_size=VOCAB)
+        rows = penalty == value
+        torch.testing.assert_close(mixed[rows], alone[rows], rtol=1e-12, atol=0)
