@@ -113,6 +113,11 @@ class UnlearnConfig(Section):
             raise ValueError("method=relearn needs substitutes: a file of questions with vague answers to learn")
         if self.method in RMU and self.retain_loss not in (None, "none"):
             raise ValueError(f"retain_loss={self.retain_loss} has no meaning for method={self.method}: leave it null")
+        if self.method == "ceu" and "kl" in (self.retain_loss or ""):
+            raise ValueError(
+                f"method=ceu with retain_loss={self.retain_loss}: CE-U's teacher is the model itself, a retain term's "
+                "is the starting model, and one pass has one teacher: take retain_loss=ce"
+            )
         if self.retain_weight is not None and not self.reads_retain:
             raise ValueError("retain_weight has no meaning with retain_loss=none: set retain_loss, or leave it null")
         if self.reads_retain and not self.retain:

@@ -89,7 +89,8 @@ def unlearn(
                 make_reference(folder, engine, wanted, digest, config.train.micro_batch_size)
             compared = any(each.kind is Kind.HIDDEN for each in wanted)
             head = "embedding.weight" if config.model.tie_embeddings else "head.weight"
-            known = weights(head).to(device, engine.dtype) if compared else None
+            # A copy of its own: without ZeRO the model in training lives in the memory that the file is mapped to.
+            known = weights(head).to(device, engine.dtype, copy=True) if compared else None
             reference = together(lambda: Reference(folder, device, known))
 
         watchdog.mark("loading the checkpoint", 0, slow=True)

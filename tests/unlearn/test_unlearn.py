@@ -1,0 +1,125 @@
+"""`megafish unlearn` from a trained run to one that has forgotten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megafish.errors import InputError
+from megafish.model.load import load_run
+from megafish.run import RunDir
+from megafish.unlearn.loop import unlearn
+from megafish.unlearn.settings import unlearning_config
+from tests.helpers import read_metrics
+
+
+def run(learned: Path, settings: list[str], *more: str) -> tuple[RunDir, list[dict[str, Any]]]:
+    config, resume = unlearning_config(str(learned / "start"), [*settings, *more])
+    outcome = unlearn(config, resume=resume)
+    return outcome.run, read_metrics(outcome.run.path)["unlearned"]
+
+
+def test_the_start_has_it_by_heart_and_the_end_has_not(learned: Path, settings: list[str]) -> None:
+    made, (before, after) = run(learned, settings, "unlearn.method=wga", "unlearn.epochs=30")
+    assert before["forget_extraction_strength"] > 0.9 and before["retain_extraction_strength"] > 0.9
+    assert before["step"] == 0 and after["step"] == 30
+    assert after["forget_loss"] > before["forget_loss"] + 1
+    assert after["forget_extraction_strength"] < 0.5 and after["retain_extraction_strength"] > 0.9
+    loaded = load_run(made.path)
+    assert loaded.step == 30 and loaded.config.unlearn is not None and loaded.config.unlearn.method == "wga"
+    # What an audit asks of a run's training is that of the run it came from.
+    states = [json.loads((each.latest() / "state.json").read_text()) for each in (made, RunDir(learned / "start"))]  # type: ignore[operator]
+    assert states[0]["spent"] == states[1]["spent"]
+
+
+@pytest.mark.parametrize("method", ["wga", "dpo", "undial"])
+def test_a_second_run_is_the_first_bit_for_bit(learned: Path, settings: list[str], tmp_path: Path, method: str) -> None:
+    own = [f"unlearn.method={method}", "train.steps=3"]
+    first, _ = run(learned, settings, *own)
+    second, _ = run(learned, settings, *own, f"run_dir={tmp_path / 'again'}")
+    files = [each.checkpoint(3) / "model.safetensors" for each in (first, second)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rmu_leaves_all_but_three_projections_alone(learned: Path, settings: list[str]) -> None:
+    made, _ = run(learned, settings, "unlearn.method=rmu", "unlearn.layer=3", "train.steps=4")
+    before, after = (
+        load_file(each.latest() / "model.safetensors")
+        for each in (RunDir(learned / "start"), made)  # type: ignore[operator]
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"blocks.{number}.feed_forward.down.weight" for number in range(3)}
+
+
+def test_the_usual_settings(learned: Path, settings: list[str]) -> None:
+    config, resume = unlearning_config(str(learned / "start"), [settings[0], settings[1]])
+    assert not resume and config.name == "start-npo" and config.optimizer.lr == 1e-5
+    assert config.train.steps == 1 and config.train.precision == "fp32"  # 4 texts, a batch of 32, 5 epochs
+    assert config.schedule.name == "linear" and config.schedule.warmup_fraction == pytest.approx(0.2)
+    assert config.data.train[0].path == str(learned / "corpus")
+
+
+def test_a_run_is_continued_by_its_directory(learned: Path, settings: list[str]) -> None:
+    made, _ = run(learned, settings, "train.steps=2")
+    config, resume = unlearning_config(str(made.path), ["train.steps=4"])
+    assert resume
+    unlearn(config, resume=True)
+    assert RunDir(made.path).steps() == [2, 4]
+    changed, _ = unlearning_config(str(made.path), ["unlearn.beta=0.5", "train.steps=6"])
+    with pytest.raises(InputError, match=r"unlearn\.beta was None, is 0\.5"):
+        unlearn(changed, resume=True)
+
+
+def test_a_reference_of_another_model_is_refused(learned: Path, settings: list[str]) -> None:
+    made, _ = run(learned, settings, "train.steps=2")
+    index = made.path / "reference" / "index.json"
+    index.write_text(index.read_text().replace('"digest": "', '"digest": "0'))
+    config, _ = unlearning_config(str(made.path), ["train.steps=4"])
+    with pytest.raises(InputError, match="made by another starting model"):
+        unlearn(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unlearn.method=rmu", "unlearn.layer=9"], "unlearn.layer=9: the model has blocks 1 to 4"),
+        (["unlearn.method=ga", "unlearn.beta=2"], "beta has no meaning for method=ga"),
+        (["unlearn.method=relearn"], "method=relearn needs substitutes"),
+        (["unlearn.method=ceu", "unlearn.retain_loss=kl"], "method=ceu with retain_loss=kl"),
+        (["unlearn.retain=[]"], "method=npo needs retain"),
+        (["unlearn.template=Q {question}"], "must have {question} and behind it {answer}"),
+        (["train.tokens=1e6"], "the budget of unlearning is unlearn.epochs, or train.steps"),
+        (["engine.tensor_parallel=2"], "unlearning shards by engine.zero_stage"),
+        (["model.num_layers=5"], "model is that of the starting run"),
+        (["loss.z_loss=1e-4"], "loss: its terms have no part in unlearning"),
+        (["patch.size=4"], "patch: has no meaning for unlearning"),
+        (["train.micro_batch_size=3", "train.global_batch_size=4"], "not a multiple"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(learned: Path, settings: list[str], words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        unlearning_config(str(learned / "start"), [*settings, *words])
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_start(learned: Path, tmp_path: Path) -> None:
+    for source, message in ((str(tmp_path), "not a run directory"), ("tiny", "a preset has no weights"),
+                            ("nothing.yaml", "no run and no configuration")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            unlearning_config(source, [])
+    (tmp_path / "own.yaml").write_text("optimizer: {lr: 1e-4}\n")
+    with pytest.raises(InputError, match=r"unlearn\.model is not set"):
+        unlearning_config(str(tmp_path / "own.yaml"), [])
+
+
+def test_a_file_names_the_start(learned: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        f"unlearn: {{model: {learned / 'start'}, method: ga, forget: {learned / 'forget.jsonl'}}}\n"
+    )
+    config, resume = unlearning_config(str(tmp_path / "own.yaml"), ["optimizer.lr=1e-4"])
+    assert not resume and config.name == "start-ga" and config.optimizer.lr == 1e-4
