@@ -319,7 +319,7 @@ def verify(run: Annotated[Path, typer.Argument(help="Run directory")]) -> None:
     if not good:
         print("next: start a new run, there is none to continue from")
     else:
-        print(f"next: megafish train {run}" + (" (passes over the damaged ones)" if damaged else ""))
+        print(f"next: {RunDir.existing(run).command}" + (" (passes over the damaged ones)" if damaged else ""))
     if damaged:
         raise SystemExit(1)
 

@@ -91,13 +91,18 @@ class RunDir:
         # metrics.jsonl comes to be after config.yaml.
         return self.metrics_file.exists() or self.latest() is not None
 
+    @property
+    def command(self) -> str:
+        """What continues the run."""
+        unlearns = self.config_file.is_file() and self.load_config().unlearn is not None
+        return f"megafish {'unlearn' if unlearns else 'train'} {self.path}"
+
     def refuse_if_used(self) -> None:
         """InputError where a run is here already, which a new one must not overwrite."""
         if self.used:
             again = "" if self.latest() else " (it has no checkpoint yet and will start over)"
             raise InputError(
-                f"{self.path} holds a run already: continue it with `megafish train {self.path}`{again}, or choose "
-                "another name=..."
+                f"{self.path} holds a run already: continue it with `{self.command}`{again}, or choose another name=..."
             )
 
     @contextmanager

@@ -373,13 +373,14 @@ def asked_to_stop(stop: StopRequest, processes: Processes) -> int:
 
 def watchdog_of(config: Config, run: RunDir, processes: Processes) -> Watchdog:
     """This process's watchdog, as the section guard asks for it."""
+    command = "train" if config.unlearn is None else "unlearn"
     return Watchdog(
         processes.rank,
         processes.world_size,
         run.logs,
         stall_seconds=config.guard.stall_seconds,
         slow_seconds=config.guard.slow_stall_seconds,
-        hint=f"; checkpoints are untouched: continue with `megafish train {run.path}`",
+        hint=f"; checkpoints are untouched: continue with `megafish {command} {run.path}`",
     )
 
 

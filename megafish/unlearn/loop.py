@@ -34,6 +34,9 @@ from megafish.unlearn.measure import measure
 from megafish.unlearn.objective import Objective
 from megafish.unlearn.reference import Kind, Reference, check_reference, make_reference
 
+# Of a checkpoint's state what an unlearning run says of itself, and not of the training before it.
+_OWN = ("step", "valid_loss", "owes_evaluation", "guard", "model", "optimizer", "premature", "unlearn", "unlearn_spent")
+
 
 def unlearn(
     config: Config, *, resume: bool = False, console: Console | None = None, stop: StopRequest | None = None
@@ -245,7 +248,7 @@ def _tokens(plan: Any) -> int:
 def _origin(start: Path) -> dict[str, Any]:
     """Digest of the starting model, and what its checkpoint says of its training: an audit asks for that."""
     state = read_json(start / STATE)
-    record = {key: state[key] for key in ("spent", "imported", "order", "mask") if key in state}
+    record = {key: value for key, value in state.items() if key not in _OWN}
     return {"model": sha256_file(start / MANIFEST) if (start / MANIFEST).is_file() else "", "record": record}
 
 
@@ -266,8 +269,7 @@ def _fitting_state(checkpoint: Path, identity: dict[str, Any], run: RunDir) -> d
     state = load_state(checkpoint)
     if "unlearn_spent" not in state:
         raise InputError(f"{checkpoint}: not a checkpoint of an unlearning run: continue it with `megafish train`")
-    known = {key: value for key, value in state.items() if key not in ("mask", "data", "premature")}
-    check_resume(known, identity, run)
+    check_resume({key: state[key] for key in identity if key in state}, identity, run)
     return state
 
 

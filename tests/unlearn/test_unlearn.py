@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megafish.audit.audit import audit_run
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
@@ -33,8 +34,12 @@ def test_the_start_has_it_by_heart_and_the_end_has_not(learned: Path, settings: 
     loaded = load_run(made.path)
     assert loaded.step == 30 and loaded.config.unlearn is not None and loaded.config.unlearn.method == "wga"
     # What an audit asks of a run's training is that of the run it came from.
+    assert made.command == f"megafish unlearn {made.path}"
     states = [json.loads((each.latest() / "state.json").read_text()) for each in (made, RunDir(learned / "start"))]  # type: ignore[operator]
-    assert states[0]["spent"] == states[1]["spent"]
+    for key in ("spent", "order", "data", "mask"):
+        assert states[0].get(key) == states[1].get(key), key
+    found = audit_run(made.path, overrides=["audit={prompt_tokens: 6, suffix_tokens: 6, membership: 0}"]).summary
+    assert found["step"] == 30 and found["tokens"] == states[1]["spent"]["tokens"]
 
 
 @pytest.mark.parametrize("method", ["wga", "dpo", "undial"])
