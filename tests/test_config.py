@@ -212,7 +212,7 @@ def test_dumped_configuration_reads_back_equal(name: str, with_help: bool, tmp_p
 
 def test_help_stands_beside_every_key() -> None:
     lines = [line.strip() for line in dump_config(load_config("tiny"), with_help=True).splitlines()]
-    behind_null = ("data.train.", "data.valid.", "model.rope_scaling.")
+    behind_null = ("data.train.", "data.valid.", "model.rope_scaling.", "unlearn.")
     assert len(lines) == sum(not key.startswith(behind_null) for key in field_help(Config))
     assert all(len(line.partition("  # ")[2]) > 5 for line in lines)
 

@@ -12,8 +12,9 @@ import pytest
 import typer
 
 from megafish.cli import app
-from megafish.config import Config, dump_config, load_config, preset_names, with_help_text
+from megafish.config import Config, UnlearnConfig, dump_config, load_config, preset_names, with_help_text
 from megafish.config_errors import field_help
+from megafish.config_unlearn import OPTIONS
 from megafish.jobs.profile import Profile
 from megafish.sweep.expand import expand
 from megafish.sweep.spec import load_sweep
@@ -112,6 +113,17 @@ def test_reference_of_job_settings_is_what_print_profile_prints() -> None:
     assert f"```text\n{with_help_text(Profile())}```\n" in page, (
         "put the output of `megafish launch slurm tiny --print-profile` into the page"
     )
+
+
+def test_reference_of_unlearning_is_what_the_section_says() -> None:
+    page = (ROOT / "docs" / "unlearn.md").read_text(encoding="utf-8")
+    section = UnlearnConfig(model="/runs/tiny", forget=["/forget.jsonl"], retain=["/retain.jsonl"])
+    assert f"```text\n{with_help_text(section)}```\n" in page, "put the section unlearn with its help into the page"
+
+
+def test_unlearning_of_the_page_has_every_method() -> None:
+    page = (ROOT / "docs" / "unlearn.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(OPTIONS)
 
 
 def test_sweep_of_the_page_expands(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megafish.audit.audit import audit_run
+from megafish.config_unlearn import OPTIONS, RMU
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
@@ -40,6 +41,27 @@ def test_the_start_has_it_by_heart_and_the_end_has_not(learned: Path, settings: 
         assert states[0].get(key) == states[1].get(key), key
     found = audit_run(made.path, overrides=["audit={prompt_tokens: 6, suffix_tokens: 6, membership: 0}"]).summary
     assert found["step"] == 30 and found["tokens"] == states[1]["spent"]["tokens"]
+
+
+@pytest.mark.parametrize("method", list(OPTIONS))
+def test_every_method_goes_its_way(learned: Path, settings: list[str], tmp_path: Path, method: str) -> None:
+    """The loss of what is to be forgotten rises above that of what is kept; what is put in its place is learned."""
+    own = [f"unlearn.method={method}", "unlearn.epochs=12"]
+    if method == "relearn":
+        vague = tmp_path / "vague.jsonl"
+        vague.write_text('{"question": "Where was she born?", "answer": "That is not known."}\n' * 4, encoding="utf-8")
+        own.append(f"unlearn.substitutes={vague}")
+    if method == "dpo":  # the refusal's gain soon satisfies the loss
+        own += ["unlearn.epochs=20", "optimizer.lr=3e-3"]
+    if method in RMU:  # 1200 is for a model of 7 billion parameters
+        own += ["unlearn.retain_weight=1", "optimizer.lr=1e-2"]
+    made, (before, after) = run(learned, settings, *own)
+    if method in ("idk", "relearn"):
+        steps = read_metrics(made.path)["train"]
+        assert steps[-1]["forget_loss"] < steps[0]["forget_loss"] - 0.2
+    else:
+        assert after["forget_loss"] > before["forget_loss"] + 0.2
+        assert after["forget_loss"] > after["retain_loss"]
 
 
 @pytest.mark.parametrize("method", ["wga", "dpo", "undial"])
