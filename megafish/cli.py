@@ -22,7 +22,7 @@ from megafish.errors import InputError, Stopped
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
 from megafish.sweep.cli import sweep
-from megafish.unlearn import cli as unlearn_cli
+from megafish.unlearn.cli import unlearn
 
 app = typer.Typer(
     help="Pretrain language models that cannot recite their training data, and prove it.",
@@ -338,6 +338,7 @@ def _dry_world(overrides: list[str], world: int | None) -> tuple[list[str], int 
 
 jobs_cli.add_to(app)
 app.add_typer(sweep, name="sweep")
+app.add_typer(unlearn, name="unlearn")
 
 
 @app.command(epilog="Examples: megafish plan 7b --gpu h100 --gpus 64 | megafish plan --calibration")
@@ -519,7 +520,6 @@ def audit(
 evaluate_cli.add_to(app)
 duplicates_cli.add_to(app)
 decode_cli.add_to(app)
-unlearn_cli.add_to(app)
 
 
 @app.command(epilog="Example: megafish report runs/plain runs/goldfish --output comparison")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. Rooms on one line may not import each other.
 LEVELS = [
-    {"errors", "progress"},
+    {"command_group", "errors", "progress"},
     {"config_yaml"},
     {"config_deepspeed", "config_errors", "config_megatron"},
     {"config_sections"},

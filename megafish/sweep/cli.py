@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from megafish.command_group import RunByDefault
 from megafish.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,17 +26,8 @@ class Place(str, Enum):
     wandb = "wandb"
 
 
-class _RunByDefault(TyperGroup):
-    """`megafish sweep FILE` is `megafish sweep run FILE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 sweep = typer.Typer(
-    cls=_RunByDefault,
+    cls=RunByDefault,
     help="Many runs from one file: megafish sweep FILE, then sweep status FILE and sweep report FILE.",
     epilog="Example: megafish sweep goldfish_k_by_h data.train=corpus --on local --jobs 2",
     no_args_is_help=True,

@@ -1,17 +1,34 @@
-"""The command `megafish unlearn`. Imports what it runs when it runs, like megafish/cli.py."""
+"""`megafish unlearn` and `megafish unlearn score`. Imports what it runs when it runs, like megafish/cli.py."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megafish.command_group import RunByDefault
 from megafish.errors import Stopped
 
+unlearn = typer.Typer(
+    cls=RunByDefault,
+    help="Remove what got into a model: megafish unlearn RUN SETTINGS, then unlearn score RUN.",
+    epilog="Example: megafish unlearn runs/tiny unlearn.method=npo unlearn.forget=forget.jsonl "
+    "unlearn.retain=retain.jsonl",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
-def unlearn(
+Files = list[Path] | None
+
+
+@unlearn.command(
+    epilog="Examples: megafish unlearn runs/tiny unlearn.method=npo unlearn.forget=forget.jsonl "
+    "unlearn.retain=retain.jsonl | megafish unlearn runs/tiny-npo (continues)"
+)
+def run(
     source: Annotated[str, typer.Argument(help="Run to start from, YAML file, or an unlearning run to continue")],
     overrides: Annotated[
         list[str] | None,
@@ -48,16 +65,34 @@ def unlearn(
     if os.environ.get("RANK", "0") == "0":
         ended = f"{outcome.run.path}: step {outcome.spent.steps}"
         if outcome.signal is None:
-            print(f"{ended}\nnext: megafish audit {outcome.run.path}")
+            print(f"{ended}\nnext: megafish unlearn score {outcome.run.path}")
         else:
             print(f"{ended}; stopped by {outcome.signal.name}\nnext: megafish unlearn {outcome.run.path}")
     if outcome.signal is not None:
         raise Stopped(128 + outcome.signal)
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(
-        epilog="Examples: megafish unlearn runs/tiny unlearn.method=npo unlearn.forget=forget.jsonl "
-        "unlearn.retain=retain.jsonl | megafish unlearn runs/tiny-npo (continues)"
-    )(unlearn)
+@unlearn.command(epilog="Example: megafish unlearn score runs/tiny-npo --retain-model runs/never_saw_it")
+def score(
+    model: Annotated[Path, typer.Argument(help="Run to score")],
+    forget: Annotated[Files, typer.Option(help="File of what was to be removed (default: the run's)")] = None,
+    retain: Annotated[Files, typer.Option(help="File of what was to be kept (default: the run's)")] = None,
+    holdout: Annotated[Files, typer.Option(help="File of like texts never seen, for membership inference")] = None,
+    retain_model: Annotated[Path | None, typer.Option(help="Run that never saw the forget set")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts at one time", min=1)] = 32,
+) -> None:
+    """What a model still knows, what it has kept, and whether it still writes sense."""
+    from megafish.unlearn.score import score_run
+
+    def names(paths: Files) -> list[str]:
+        return [str(path) for path in paths or []]
+
+    score_run(
+        model,
+        forget=names(forget),
+        retain=names(retain),
+        holdout=names(holdout),
+        retain_model=retain_model,
+        batch_size=batch_size,
+    )
+    print(f"next: megafish audit {model}")

@@ -26,6 +26,10 @@ class Pair(NamedTuple):
 
     question: str | None
     answer: str
+    paraphrase: str | None = None
+    """The answer in other words (TOFU's paraphrased_answer)."""
+    wrong: tuple[str, ...] = ()
+    """Answers of the same form that are not true (TOFU's perturbed_answer)."""
 
 
 def read_pairs(paths: list[str], part: Literal["forget", "retain"]) -> list[Pair]:
@@ -132,8 +136,15 @@ def _choice(row: Row, _part: str) -> list[Pair]:
 
 
 def _answered(row: Row, _part: str) -> list[Pair]:
-    answer = row["answer"]
-    return [Pair(row["question"], answer[0] if isinstance(answer, list) else answer)]
+    answer, wrong = row["answer"], row.get("perturbed_answer") or []
+    return [
+        Pair(
+            row["question"],
+            answer[0] if isinstance(answer, list) else answer,
+            row.get("paraphrased_answer"),
+            tuple(wrong if isinstance(wrong, list) else [wrong]),
+        )
+    ]
 
 
 def _safe(row: Row, part: str) -> list[Pair]:

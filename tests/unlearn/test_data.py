@@ -42,8 +42,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 )  # fmt: skip
 def test_published_schemas(tmp_path: Path, row: dict[str, Any], forget: list[Any], retain: list[Any]) -> None:
     path = write(tmp_path / "rows.jsonl", [row])
-    assert read_pairs([path], "forget") == forget
-    assert read_pairs([path], "retain") == retain
+    assert [pair[:2] for pair in read_pairs([path], "forget")] == forget
+    assert [pair[:2] for pair in read_pairs([path], "retain")] == retain
+
+
+def test_tofus_paraphrases_and_wrong_answers(tmp_path: Path) -> None:
+    row = {"question": "Q?", "answer": "A", "paraphrased_answer": "B", "perturbed_answer": ["C", "D"]}
+    assert read_pairs([write(tmp_path / "rows.jsonl", [row])], "forget") == [Pair("Q?", "A", "B", ("C", "D"))]
 
 
 def test_the_same_rows_in_every_format(tmp_path: Path) -> None:
@@ -60,7 +65,8 @@ def test_the_same_rows_in_every_format(tmp_path: Path) -> None:
     for name in ("a.jsonl", "lines.json", "list.json", "a.csv", "a.parquet"):
         assert read_pairs([str(tmp_path / name)], "forget") == wanted, name
     (tmp_path / "a.txt").write_text("One block\nof two lines.\n\nAnother.\n", encoding="utf-8")
-    assert read_pairs([str(tmp_path / "a.txt")], "forget") == [(None, "One block\nof two lines."), (None, "Another.")]
+    blocks = read_pairs([str(tmp_path / "a.txt")], "forget")
+    assert blocks == [Pair(None, "One block\nof two lines."), Pair(None, "Another.")]
 
 
 @pytest.mark.parametrize(

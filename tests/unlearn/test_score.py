@@ -1,0 +1,95 @@
+"""`megafish unlearn score` on a real model, its figures beside ones made in another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megafish.errors import InputError
+from megafish.model.load import load_run
+from megafish.unlearn.loop import unlearn
+from megafish.unlearn.score import score_run
+from megafish.unlearn.settings import unlearning_config
+from tests.helpers import read_metrics
+
+
+@pytest.fixture
+def forgot(learned: Path, settings: list[str]) -> Path:
+    config, _ = unlearning_config(str(learned / "start"), [*settings, "unlearn.method=wga", "unlearn.epochs=20"])
+    return unlearn(config).run.path
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+
+
+def loss(run: Path, question: str, answer: str, *, ended: bool = True) -> float:
+    """Mean over the answer's tokens, from the logits of the text alone."""
+    loaded = load_run(run, device="cpu")
+    head, text = f"Question: {question}\nAnswer: ", f"Question: {question}\nAnswer: {answer}"
+    tokens, given = loaded.tokenizer.encode(text), loaded.tokenizer.encode(head)
+    tokens += [loaded.tokenizer.eos_id] if ended else []
+    start = next(i for i, (a, b) in enumerate(zip(tokens, [*given, -1], strict=False)) if a != b)
+    log_p = loaded.model(torch.tensor([tokens[:-1]]))[0, :, : loaded.model.vocab_size].double().log_softmax(-1)
+    return float(-log_p[torch.arange(start - 1, len(tokens) - 1), torch.tensor(tokens[start:])].mean())
+
+
+def test_figures_equal_those_of_the_run_and_of_the_logits(learned: Path, forgot: Path) -> None:
+    summary, items = read(score_run(forgot, forget=[], retain=[], holdout=[]))
+    last = read_metrics(forgot)["unlearned"][-1]
+    figures = summary["models"]["model"]
+    for name in ("forget", "retain"):
+        for key in ("extraction_strength", "exact_memorization"):
+            assert figures[name][key] == pytest.approx(last[f"{name}_{key}"], abs=1e-9), (name, key)
+    assert figures["retain"]["rouge"] == 1 and figures["retain"]["utility"] > 0.9
+    assert figures["forget"]["rouge"] < 1 and figures["forget"]["utility"] is None
+    assert summary["judge"] == str(learned / "start")
+    item = next(item for item in items if item["set"] == "forget")
+    assert item["probability"] == pytest.approx(math.exp(-loss(forgot, item["question"], item["answer"])), rel=1e-4)
+    # The judge reads what was written, without the token that ends a text.
+    wanted = math.exp(loss(learned / "start", item["question"], item["generated"], ended=False))
+    assert item["perplexity"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> None:
+    rows = []
+    for line in (learned / "forget.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        place, year = row["answer"].removeprefix("In ").rstrip(".").split(" in ")
+        wrong = [f"In {other} in {year}." for other in ("Oslo", "Lima") if other != place]
+        rows.append({**row, "paraphrased_answer": f"In {place} in {year}.", "perturbed_answer": wrong})
+    tofu, unseen = tmp_path / "tofu.json", tmp_path / "unseen.jsonl"
+    tofu.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unseen.write_text("".join(json.dumps({"question": f"Where was Eva {i} born?", "answer": f"In Rome in {i}."}) + "\n"
+                              for i in range(1900, 1906)))  # fmt: skip
+    start = learned / "start"
+    folder = score_run(forgot, forget=[str(tofu)], retain=[], holdout=[str(unseen)], retain_model=start)
+    summary, items = read(folder)
+    models = summary["models"]
+    # "Retained" here is the starting model: it prefers the truth, and tells what it has read from what it has not.
+    assert models["retain model"]["forget"]["truth_ratio"] < 0.2 < models["model"]["forget"]["truth_ratio"]
+    assert models["retain model"]["membership"]["loss"] == 1
+    ratios = {title: [item["truth_ratio"] for item in items if item["model"] == title and item["set"] == "forget"]
+              for title in models}  # fmt: skip
+    distances = [abs(sum(r <= x for r in ratios["model"]) - sum(r <= x for r in ratios["retain model"])) / len(rows)
+                 for x in [*ratios["model"], *ratios["retain model"]]]  # fmt: skip
+    assert summary["forget_quality"]["statistic"] == pytest.approx(max(distances)) and max(distances) > 0.5
+    assert summary["privacy_leak"]["loss"] > -100
+    item = items[0]
+    losses = [loss(forgot, item["question"], answer) for answer in rows[0]["perturbed_answer"]]
+    ratio = math.exp(loss(forgot, item["question"], rows[0]["paraphrased_answer"]) - sum(losses) / len(losses))
+    assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_what_cannot_be_scored(learned: Path) -> None:
+    with pytest.raises(InputError, match="not an unlearning run: name the texts with --forget"):
+        score_run(learned / "start", forget=[], retain=[], holdout=[])
+    folder = score_run(learned / "start", forget=[str(learned / "forget.jsonl")], retain=[], holdout=[])
+    summary, _ = read(folder)
+    assert summary["judge"] is None and summary["models"]["model"]["forget"]["extraction_strength"] > 0.9
