@@ -129,14 +129,19 @@ class Order:
     def __init__(self, items: int, seed: int, name: str) -> None:
         self.items = items
         self._key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+        self._epochs: dict[int, list[int]] = {}
 
     def take(self, start: int, count: int) -> list[int]:
         """The items at places start to start + count of the endless order."""
+        first = start // self.items
+        self._epochs = {number: epoch for number, epoch in self._epochs.items() if number >= first}
         return [self._epoch(place // self.items)[place % self.items] for place in range(start, start + count)]
 
     def _epoch(self, number: int) -> list[int]:
-        generator = np.random.Generator(np.random.Philox(key=[self._key, number]))
-        return generator.permutation(self.items).tolist()
+        if number not in self._epochs:
+            generator = np.random.Generator(np.random.Philox(key=[self._key, number]))
+            self._epochs[number] = generator.permutation(self.items).tolist()
+        return self._epochs[number]
 
 
 def draw(seed: int, name: str, place: int, choices: int, count: int = 1) -> list[int]:

@@ -16,7 +16,6 @@ import torch
 from megafish.config import Config
 from megafish.config_unlearn import RMU
 from megafish.model.head import Teacher, TeacherLosses
-from megafish.model.transformer import Transformer
 from megafish.unlearn import losses
 from megafish.unlearn.data import Item, Order, Pack, Sets, draw, pack
 from megafish.unlearn.reference import Kind, Reference, Wanted
@@ -283,8 +282,3 @@ def rmu_layer(config: Config) -> int:
     layers = config.model.num_layers
     layer = config.unlearn.layer
     return max(min(3, layers), round(layers * 7 / 32)) if layer is None else layer
-
-
-def count_of(model: Transformer, objective: Objective) -> int:
-    """Parameters that the method trains."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if objective.trained(name))
