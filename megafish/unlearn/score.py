@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from megafish.run import write_atomic
 from megafish.unlearn import metrics
 from megafish.unlearn.data import Item, encode
 from megafish.unlearn.readers import Pair, read_pairs
+from megafish.unlearn.stress import Rounding, rounded
 
+_COMPARED = ("model", "retain model")
 NEW_TOKENS = 200
 """Most tokens of a generated answer (TOFU's)."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k++")
@@ -75,13 +77,15 @@ def score_run(
     retain: list[str],
     holdout: list[str],
     retain_model: str | Path | None = None,
+    roundings: Sequence[Rounding] = (),
     batch_size: int = 32,
     console: Console | None = None,
 ) -> Path:
     """Score a run, print the table and write summary.json and items.jsonl into the run; returns their folder.
 
     Sets that are not named are those of the unlearning run. retain_model: a run that never saw the forget set. The
-    judge of fluency is that model, or the starting model of an unlearning run. Raises InputError.
+    judge of fluency is that model, or the starting model of an unlearning run. roundings: the same figures of the model
+    with rounded weights. Raises InputError.
     """
     console = console or Console()
     loaded = load_run(path)
@@ -102,6 +106,7 @@ def score_run(
         judge, judged_by = _peer(settings.model, loaded), settings.model
 
     models = {"model": loaded, **({} if peer is None else {"retain model": peer})}
+    models |= {each.value: replace(loaded, model=rounded(loaded.model, each)) for each in roundings}
     summary: dict[str, Any] = {"run": str(path), "step": loaded.step, "judge": judged_by if judge else None}
     summary["models"] = {}
     lines = []
@@ -121,6 +126,8 @@ def score_run(
     write_atomic(folder / "items.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print(_table(summary))
+    if roundings:
+        console.print(_rounded_table(summary))
     for note in _notes(summary):
         console.print(note, highlight=False)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
@@ -269,7 +276,7 @@ def _beside(summary: dict[str, Any]) -> None:
         quality = metrics.forget_quality(ratios["model"], ratios["retain model"])
         summary["forget_quality"] = quality._asdict()
     if "membership" in models["model"]:
-        pairs = {name: [models[title]["membership"][name] for title in models] for name in ATTACKS}
+        pairs = {name: [models[title]["membership"][name] for title in _COMPARED] for name in ATTACKS}
         summary["privacy_leak"] = {name: metrics.privacy_leak(*values) for name, values in pairs.items()}
 
 
@@ -290,7 +297,12 @@ _ROWS = {
 
 def _table(summary: dict[str, Any]) -> Table:
     models = summary["models"]
-    columns = [(name, title) for name in ("forget", "retain") for title in models if name in models[title]]
+    columns = [
+        (name, title)
+        for name in ("forget", "retain")
+        for title in _COMPARED
+        if title in models and name in models[title]
+    ]
     table = Table(title=f"{summary['run']}, step {summary['step']}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for name, title in columns:
@@ -299,6 +311,22 @@ def _table(summary: dict[str, Any]) -> Table:
         values = [models[title][name][key] for name, title in columns]
         if any(value is not None for value in values):
             table.add_row(label, *("" if value is None else f"{value:.3g}" for value in values))
+    return table
+
+
+def _rounded_table(summary: dict[str, Any]) -> Table:
+    """What rounding the weights brings back."""
+    table = Table(title="with weights rounded", box=box.SIMPLE_HEAD, title_justify="left")
+    models = {title: figures for title, figures in summary["models"].items() if title != "retain model"}
+    table.add_column("")
+    for title in models:
+        table.add_column("as it is" if title == "model" else title, justify="right")
+    for name in (name for name in ("forget", "retain") if name in models["model"]):
+        for key in ("probability", "rouge", "extraction_strength"):
+            values = [figures[name][key] for figures in models.values()]
+            if any(value is not None for value in values):
+                cells = ("" if value is None else f"{value:.3g}" for value in values)
+                table.add_row(f"{name}: {_ROWS[key]}", *cells)
     return table
 
 

@@ -1,0 +1,57 @@
+"""Weights there and back on the grids that models are served on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megafish.unlearn.cli import RoundTrip
+from megafish.unlearn.score import score_run
+from megafish.unlearn.stress import Rounding, round_trip, rounded
+from tests.unlearn.test_objective import make
+
+
+def test_grids_by_hand() -> None:
+    weight = torch.tensor([[1.27, 0.014, -0.636, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(round_trip(weight, Rounding.int8)[0], torch.tensor([1.27, 0.01, -0.64, 0.0]))
+    # 4 bits: the scale is 1.27 / 7; 0.014 falls to 0, 0.636 is 3.5 of them and goes to the even one.
+    torch.testing.assert_close(round_trip(weight, Rounding.int4)[0], torch.tensor([7, 0, -4, 0]) * 1.27 / 7)
+    assert not round_trip(weight, Rounding.int4)[1].any()
+    assert round_trip(torch.tensor([[1 + 2**-8]]), Rounding.bf16).item() == 1
+
+
+@pytest.mark.parametrize("columns", [64, 100, 7])
+def test_each_group_has_its_scale(columns: int) -> None:
+    weight = torch.randn(5, columns) * torch.logspace(-3, 3, columns)
+    got = round_trip(weight, Rounding.int4)
+    assert got.shape == weight.shape
+    for start in range(0, columns, 64):
+        part, back = weight[:, start : start + 64], got[:, start : start + 64]
+        scale = part.abs().amax(dim=1, keepdim=True) / 7
+        assert ((part - back).abs() <= scale * 0.5001).all()
+        assert all(len(row.unique()) <= 15 for row in back)
+
+
+def test_only_matrices_of_the_blocks() -> None:
+    model = make(3).float()
+    with torch.no_grad():
+        model.norm.weight.fill_(1.234)
+    changed = rounded(model, Rounding.int4)
+    for (name, before), (_, after) in zip(model.named_parameters(), changed.named_parameters(), strict=True):
+        assert torch.equal(before, after) == (not (name.startswith("blocks.") and before.ndim == 2)), name
+
+
+def test_figures_of_the_rounded_model_stand_beside(learned: Path) -> None:
+    forget = [str(learned / "forget.jsonl")]
+    folder = score_run(learned / "start", forget=forget, retain=[], holdout=[], roundings=list(Rounding))
+    models = json.loads((folder / "summary.json").read_text())["models"]
+    assert list(models) == ["model", "bf16", "int8", "int4"]
+    assert models["bf16"]["forget"]["probability"] == pytest.approx(models["model"]["forget"]["probability"], rel=0.01)
+    assert models["int4"]["forget"]["probability"] != models["model"]["forget"]["probability"]
+
+
+def test_the_command_knows_every_grid() -> None:
+    assert [each.value for each in RoundTrip] == [each.value for each in Rounding]
