@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,15 @@ from megafish.data.canary import CanaryConfig
 from megafish.data.prepare import prepare
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import train_tokenizer
+from tests.helpers import place_kept
 
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """A run in this process names its place among processes in the environment; no process that a later test starts
     may take that for its own."""
-    before = dict(os.environ)
-    yield
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name in before:
-            os.environ[name] = before[name]
-        else:
-            os.environ.pop(name, None)
+    with place_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,28 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Launch = Callable[..., subprocess.Popen[str]]
 """Starts a number of processes of a Python command."""
+
+
+@contextmanager
+def place_kept() -> Iterator[None]:
+    """Afterwards the environment names the same place among processes as before, or none."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start(folder: Path, processes: int, *command: str) -> subprocess.Popen[str]:

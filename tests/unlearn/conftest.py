@@ -12,6 +12,7 @@ from megafish.config import load_config
 from megafish.data.prepare import prepare
 from megafish.data.tokenizer import train_tokenizer
 from megafish.train.loop import train
+from tests.helpers import place_kept
 
 PLACES = ("Lisbon", "Kyoto", "Oslo", "Lima", "Cairo", "Quito", "Dublin", "Hanoi")
 NAMES = tuple(f"{first} {last}" for first in ("Ada", "Bruno", "Clara", "Dario") for last in ("Moss", "Berg", "Ruiz"))
@@ -45,7 +46,10 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents), encoding="utf-8")
     train_tokenizer([text], folder / "tokenizer.model", 400)
     prepare([text], folder / "corpus", folder / "tokenizer.model", valid_fraction=0.0)
-    train(load_config("tiny", [*RUN, f"data.train={folder / 'corpus'}", "name=start", f"run_dir={folder / 'start'}"]))
+    with place_kept():
+        train(
+            load_config("tiny", [*RUN, f"data.train={folder / 'corpus'}", "name=start", f"run_dir={folder / 'start'}"])
+        )
     return folder
 
 

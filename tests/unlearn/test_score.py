@@ -29,6 +29,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
 
+@torch.no_grad()
 def loss(run: Path, question: str, answer: str, *, ended: bool = True) -> float:
     """Mean over the answer's tokens, from the logits of the text alone."""
     loaded = load_run(run, device="cpu")
