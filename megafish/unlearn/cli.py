@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from megafish.command_group import RunByDefault
 from megafish.errors import Stopped
+from megafish.unlearn.rounding import Rounding
 
 unlearn = typer.Typer(
     cls=RunByDefault,
@@ -23,14 +23,6 @@ unlearn = typer.Typer(
 )
 
 Files = list[Path] | None
-
-
-class RoundTrip(str, Enum):
-    """Grids of megafish/unlearn/stress.py, which imports torch."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    int4 = "int4"
 
 
 @unlearn.command(
@@ -89,13 +81,12 @@ def score(
     holdout: Annotated[Files, typer.Option(help="File of like texts never seen, for membership inference")] = None,
     retain_model: Annotated[Path | None, typer.Option(help="Run that never saw the forget set")] = None,
     rounding: Annotated[
-        list[RoundTrip] | None, typer.Option(help="Also with the weights rounded (may be given several times)")
+        list[Rounding] | None, typer.Option(help="Also with the weights rounded (may be given several times)")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at one time", min=1)] = 32,
 ) -> None:
     """What a model still knows, what it has kept, and whether it still writes sense."""
     from megafish.unlearn.score import score_run
-    from megafish.unlearn.stress import Rounding
 
     def names(paths: Files) -> list[str]:
         return [str(path) for path in paths or []]
@@ -106,7 +97,7 @@ def score(
         retain=names(retain),
         holdout=names(holdout),
         retain_model=retain_model,
-        roundings=[Rounding(each.value) for each in rounding or []],
+        roundings=rounding or [],
         batch_size=batch_size,
     )
     print(f"next: megafish audit {model}")

@@ -86,6 +86,17 @@ def read_sets(config: Config, tokenizer: Tokenizer) -> Sets:
     return Sets(forget, retain, substitutes, refused)
 
 
+def learned_texts(config: Config, tokenizer: Tokenizer) -> int:
+    """Texts of an epoch: of the forget set, or what is learned in its place."""
+    settings = config.unlearn
+    assert settings is not None
+    if settings.substitutes is not None:
+        pairs, where = read_pairs([settings.substitutes], "retain"), "unlearn.substitutes"
+    else:
+        pairs, where = read_pairs(settings.forget, "forget"), "unlearn.forget"
+    return len(encode(pairs, settings, tokenizer, config.data.sequence_length, where))
+
+
 def encode(
     pairs: Sequence[Pair], settings: UnlearnConfig, tokenizer: Tokenizer, longest: int, where: str
 ) -> list[Item]:

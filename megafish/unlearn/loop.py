@@ -98,13 +98,13 @@ def unlearn(
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
-        spent, measured = Spent(), False
+        spent, owed = Spent(), True  # owed: an evaluation
         checkpoint, note = find_good(run, processes) if resume else (None, None)
         if checkpoint is not None:
             state = together(partial(_fitting_state, checkpoint, identity, run))
             engine.load(checkpoint)
             guard.load(state["guard"])
-            spent, measured = Spent(**state["unlearn_spent"]), True
+            spent, owed = Spent(**state["unlearn_spent"]), state["owes_evaluation"]
         tracker = together(lambda: open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if note is not None:
@@ -117,7 +117,9 @@ def unlearn(
             return asked_to_stop(stop, processes) != 0
 
         def evaluate() -> None:
-            """What the model still knows of both sets; nothing is reported of what a signal cuts short."""
+            """What the model still knows of both sets. What a signal cuts short is owed to the next resume."""
+            nonlocal owed
+            owed = True
             record: dict[str, Any] = {}
             for name, items in (("forget", sets.forget), ("retain", sets.retain)):
                 if items:
@@ -125,6 +127,7 @@ def unlearn(
                     if found is None:
                         return
                     record |= found
+            owed = False
             if tracker is not None:
                 tracker.log({"kind": "unlearned", "step": spent.steps, **record})
                 tracker.note(_evaluation_line(spent.steps, record))
@@ -135,6 +138,7 @@ def unlearn(
                 check_replicas(run, engine, saver, spent.steps)
             watchdog.mark("saving", spent.steps, slow=True)
             state = {"step": spent.steps, "unlearn_spent": asdict(spent), "valid_loss": None, "guard": guard.state()}
+            state["owes_evaluation"] = owed
             saver.save({**state, **origin["record"], **identity}, wait=wait)
 
         def report_checkpoints() -> None:
@@ -142,8 +146,10 @@ def unlearn(
                 if tracker is not None:
                     tracker.log(record)
 
-        if not measured:
+        if owed:
             evaluate()
+            if spent.steps and not owed:
+                save(wait=True)
         saved, first = spent.steps, True
         number = asked_to_stop(stop, processes)
         while not budget.used_up(spent) and not number:
@@ -151,20 +157,23 @@ def unlearn(
             began = time.perf_counter()
             watchdog.mark("forward", spent.steps + 1, slow=first)
             plan = objective.plan(spent.steps)
-            after = spent.plus(
-                samples=len(plan.places), tokens=_tokens(plan), supervised_tokens=sum(plan.tokens.values())
-            )
+            tokens, answers = _tokens(plan), sum(plan.tokens.values())
+            after = spent.plus(samples=len(plan.places), tokens=tokens, supervised_tokens=answers)
             learning_rate = stages.learning_rate(spent, after)
             engine.train()
-            sums = torch.zeros(3, dtype=torch.float64, device=device)
+            # The terms, then: processes asked to stop, that are writing a checkpoint, whose writing failed.
+            sums = torch.tensor(
+                [0, 0, 0, stop.received is not None, *saver.flags()], dtype=torch.float64, device=device
+            )
             shares = _shares(config, processes)
             for index, mine in enumerate(shares):
                 terms = objective.loss(engine, plan, mine, device, reference)
                 watchdog.mark("backward", spent.steps + 1, slow=first)
                 engine.backward(terms.total, is_last=index == len(shares) - 1)
-                sums += torch.stack([term.detach().double() for term in terms])
+                sums[:3] += torch.stack([term.detach().double() for term in terms])
             dist.all_reduce(sums)
-            loss, forget_loss, retain_loss = sums.tolist()
+            loss, forget_loss, retain_loss, stops, writing, failed = sums.tolist()
+            saver.poll(int(writing), int(failed))
             watchdog.mark("optimizer", spent.steps + 1, slow=first)
             grad_norm, taken = engine.step(learning_rate, one_decision(guard, loss, processes))
             first = False
@@ -185,7 +194,7 @@ def unlearn(
             last = budget.used_up(spent)
 
             # ---- report, measure, save
-            if tracker is not None:
+            if tracker is not None and taken:
                 record = {
                     "kind": "train",
                     "step": spent.steps,
@@ -199,7 +208,7 @@ def unlearn(
                     "tokens": spent.tokens,
                     "supervised_tokens": spent.supervised_tokens,
                     "progress": budget.progress(spent),
-                    "tokens_per_s": _tokens(plan) / (time.perf_counter() - began),
+                    "tokens_per_s": tokens / (time.perf_counter() - began),
                     "memory_bytes": memory_bytes(processes),
                 }
                 if last or spent.steps % config.track.log_interval == 0:
@@ -210,15 +219,15 @@ def unlearn(
             if last or due(spent.steps, config.checkpoint.interval):
                 save(wait=last)
                 saved = spent.steps
-            _poll(saver, processes)
             report_checkpoints()
-            number = asked_to_stop(stop, processes)
+            if stops or owed:
+                number = asked_to_stop(stop, processes)
 
         if spent.steps != saved:
             save(wait=True)
         saver.finish()
         report_checkpoints()
-        signal = Signals(number) if number and not budget.used_up(spent) else None
+        signal = Signals(number) if number and (owed or not budget.used_up(spent)) else None
         if life is not None:
             life.end(signal)
         return Outcome(run, spent, signal)
@@ -275,13 +284,6 @@ def _fitting_state(checkpoint: Path, identity: dict[str, Any], run: RunDir) -> d
 
 def _kinds(wanted: Any) -> str:
     return ",".join(f"{each.name}:{each.kind.value}:{each.block or ''}" for each in wanted)
-
-
-def _poll(saver: Saver, processes: Processes) -> None:
-    """Let a checkpoint on its way go on. Collective."""
-    flags = torch.tensor(saver.flags(), device=processes.device)
-    dist.all_reduce(flags)
-    saver.poll(*flags.tolist())
 
 
 def _opening_line(config: Config, objective: Objective, model: Transformer, spent: Spent, processes: Processes) -> str:

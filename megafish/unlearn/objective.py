@@ -7,10 +7,12 @@ the starting model says is on record (reference.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from megafish.config import Config
@@ -230,26 +232,19 @@ class _Micro:
 
     def __init__(self, roles: list[Role], packed: Pack, plan: StepPlan, reference: Reference | None) -> None:
         self.roles, self.pack, self.plan, self.reference = roles, packed, plan, reference
-        self._owners = {
-            name: torch.tensor([role.name == name for role in roles], device=packed.tokens.device)
-            for name in {role.name for role in roles}
-        }
+        self._begins = np.cumsum([0, *(len(role.item.tokens) - 1 for role in roles)]).tolist()
 
     def run(self, model: Callable[..., Any], **arguments: Any) -> Any:
         return model(self.pack.tokens, cu_seqlens=self.pack.cu_seqlens, max_seqlen=self.pack.max_seqlen, **arguments)
 
     def positions(self, name: str) -> torch.Tensor:
         """int64: all inputs of the texts of a role."""
-        return self._owners[name][self.pack.owner].nonzero().squeeze(1)
+        return self._indices(range(self._begins[i], self._begins[i + 1]) for i in self._texts(name))
 
     def rows(self, name: str, skip: int = 0) -> torch.Tensor:
         """int64: the answers' targets of a role, without the first `skip` of each."""
-        rows = (self._owners[name][self.pack.owner] & self.pack.kept).nonzero().squeeze(1)
-        if not skip:
-            return rows
-        first = torch.tensor([role.item.start - 1 + skip for role in self.roles], device=rows.device)
-        owner = self.pack.owner[rows]
-        return rows[rows - self.pack.cu_seqlens[owner] >= first[owner]]
+        starts = {i: self._begins[i] + self.roles[i].item.start - 1 + skip for i in self._texts(name)}
+        return self._indices(range(start, self._begins[i + 1]) for i, start in starts.items())
 
     def mean(self, name: str, each: torch.Tensor, skip: int = 0) -> torch.Tensor:
         """This process's share of the mean over the answer tokens of a role in the global batch."""
@@ -263,12 +258,21 @@ class _Micro:
 
     def sums(self, name: str, nll: torch.Tensor) -> torch.Tensor:
         """Summed loss of each answer of a role, in their order."""
-        return losses.sums(nll, self.pack.owner, len(self.roles))[self._owners[name]]
+        sums = losses.sums(nll, self.pack.owner, len(self.roles))
+        return sums.index_select(0, self._indices([self._texts(name)]))
 
     def lengths(self, name: str) -> torch.Tensor:
         """Answer tokens of each text of a role."""
         counts = [role.item.supervised for role in self.roles if role.name == name]
         return torch.tensor(counts, device=self.pack.tokens.device)
+
+    def _texts(self, name: str) -> list[int]:
+        """Places of the texts of a role among all."""
+        return [i for i, role in enumerate(self.roles) if role.name == name]
+
+    def _indices(self, parts: Iterable[Iterable[int]]) -> torch.Tensor:
+        """int64. Made on the host, which knows them: finding them on the device would make it wait."""
+        return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64, device=self.pack.tokens.device)
 
     def recorded(self, name: str, kind: Kind) -> torch.Tensor:
         """What the starting model said of the texts of a role, in their order."""

@@ -29,7 +29,8 @@ from megafish.run import write_atomic
 from megafish.unlearn import metrics
 from megafish.unlearn.data import Item, encode
 from megafish.unlearn.readers import Pair, read_pairs
-from megafish.unlearn.stress import Rounding, rounded
+from megafish.unlearn.rounding import Rounding
+from megafish.unlearn.stress import rounded
 
 _COMPARED = ("model", "retain model")
 NEW_TOKENS = 200
@@ -62,9 +63,10 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class Texts:
-    """A set with its texts as tokens."""
+    """A set with its texts as tokens, all made by the template of the run that is scored."""
 
     name: str
+    settings: UnlearnConfig
     pairs: list[Pair]
     items: list[Item]
     longest: int
@@ -111,7 +113,8 @@ def score_run(
     summary["models"] = {}
     lines = []
     for title, each in models.items():
-        scores = {texts.name: _score(each, texts, judge, batch_size, title) for texts in sets}
+        for_decoding(each.model)
+        scores = {texts.name: _score(each, texts, judge, batch_size) for texts in sets}
         figures: dict[str, Any] = {name: _figures(found) for name, found in scores.items()}
         figures["forget"]["utility"] = None  # of what is kept
         if unseen is not None:
@@ -139,8 +142,8 @@ def _texts(name: str, files: list[str], settings: UnlearnConfig, loaded: LoadedR
     if any(pair.question is None for pair in pairs):  # cut to pieces, each of which is a text
         pieces = encode(pairs, settings, loaded.tokenizer, longest, f"--{name}")
         pairs = [Pair(None, loaded.tokenizer.decode(item.tokens)) for item in pieces]
-        return Texts(name, pairs, pieces, longest)
-    return Texts(name, pairs, encode(pairs, settings, loaded.tokenizer, longest, f"--{name}"), longest)
+        return Texts(name, settings, pairs, pieces, longest)
+    return Texts(name, settings, pairs, encode(pairs, settings, loaded.tokenizer, longest, f"--{name}"), longest)
 
 
 def _peer(path: str | Path, loaded: LoadedRun) -> LoadedRun:
@@ -150,16 +153,15 @@ def _peer(path: str | Path, loaded: LoadedRun) -> LoadedRun:
     return found
 
 
-def _score(loaded: LoadedRun, texts: Texts, judge: LoadedRun | None, batch_size: int, title: str) -> list[ItemScore]:
+def _score(loaded: LoadedRun, texts: Texts, judge: LoadedRun | None, batch_size: int) -> list[ItemScore]:
     """Every text of a set."""
     answers = _losses(loaded, texts.items, batch_size)
     ratios = _ratios(loaded, texts, batch_size)
     asked = [i for i, pair in enumerate(texts.pairs) if pair.question is not None]
     prompts = [texts.items[i].tokens[: texts.items[i].start] for i in asked]
     outputs = generate(
-        for_decoding(loaded.model), loaded.tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=batch_size,
-        progress=True,
-    )  # fmt: skip
+        loaded.model, loaded.tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=batch_size, progress=True
+    )
     written = dict(zip(asked, outputs, strict=True))
     spoken = [i for i in asked if written[i]]
     perplexities: dict[int, float] = {}
@@ -210,7 +212,6 @@ def _losses(loaded: LoadedRun, items: Sequence[Item], batch_size: int) -> list[T
 
 def _ratios(loaded: LoadedRun, texts: Texts, batch_size: int) -> list[float | None]:
     """Truth ratio of each row that has a paraphrase and wrong answers."""
-    settings = loaded.config.unlearn or UnlearnConfig(model="start", method="ga", forget=["texts"])
     rows = [i for i, pair in enumerate(texts.pairs) if pair.paraphrase and pair.wrong]
     pairs, counts = [], []
     for i in rows:
@@ -220,7 +221,7 @@ def _ratios(loaded: LoadedRun, texts: Texts, batch_size: int) -> list[float | No
         counts.append(len(said))
     found: list[float | None] = [None] * len(texts.pairs)
     if rows:
-        items = encode(pairs, settings, loaded.tokenizer, texts.longest, f"--{texts.name}")
+        items = encode(pairs, texts.settings, loaded.tokenizer, texts.longest, f"--{texts.name}")
         losses = [float(-scores.log_prob.mean()) for scores in _losses(loaded, items, batch_size)]
         starts = np.cumsum([0, *counts])
         for i, start, end in zip(rows, starts[:-1], starts[1:], strict=True):

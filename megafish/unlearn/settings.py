@@ -11,7 +11,7 @@ from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
 from megafish.model.load import checkpoint_of
 from megafish.run import RunDir
-from megafish.unlearn.data import read_sets, steps_of
+from megafish.unlearn.data import learned_texts, steps_of
 
 # TOFU's and NPO's settings, as far as they are not the framework's own (facts in docs/unlearn.md).
 _USUAL: dict[str, Any] = {
@@ -84,8 +84,7 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
     _check(config)
     if epochs:
         assert config.unlearn is not None
-        sets = read_sets(config, run_tokenizer(config.data))
-        items = len(sets.substitutes) if config.unlearn.method == "relearn" else len(sets.forget)
+        items = learned_texts(config, run_tokenizer(config.data))
         steps = steps_of(config.unlearn.epochs, items, config.train.global_batch_size)
         schedule = dict(settings["schedule"])
         if not schedule.keys() & {"warmup_steps", "warmup_fraction"}:

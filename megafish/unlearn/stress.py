@@ -7,25 +7,14 @@ model may be the one it was before (Zhang et al. 2025, arXiv 2410.16454: after 4
 from __future__ import annotations
 
 import copy
-from enum import Enum
 
 import torch
 
 from megafish.model.transformer import Transformer
+from megafish.unlearn.rounding import Rounding
 
 GROUP = 64
 """Neighbouring weights of a row that share a scale in 4 bits."""
-
-
-class Rounding(str, Enum):
-    """Grids that the matrices of the blocks are rounded to, to the nearest, and read back from."""
-
-    bf16 = "bf16"
-    """8 significant bits."""
-    int8 = "int8"
-    """-127 to 127, a scale for each row of a matrix."""
-    int4 = "int4"
-    """-7 to 7, a scale for each 64 neighbours in a row."""
 
 
 def rounded(model: Transformer, to: Rounding) -> Transformer:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megafish.unlearn.cli import RoundTrip
+from megafish.unlearn.rounding import Rounding
 from megafish.unlearn.score import score_run
-from megafish.unlearn.stress import Rounding, round_trip, rounded
+from megafish.unlearn.stress import round_trip, rounded
 from tests.unlearn.test_objective import make
 
 
@@ -51,7 +51,3 @@ def test_figures_of_the_rounded_model_stand_beside(learned: Path) -> None:
     assert list(models) == ["model", "bf16", "int8", "int4"]
     assert models["bf16"]["forget"]["probability"] == pytest.approx(models["model"]["forget"]["probability"], rel=0.01)
     assert models["int4"]["forget"]["probability"] != models["model"]["forget"]["probability"]
-
-
-def test_the_command_knows_every_grid() -> None:
-    assert [each.value for each in RoundTrip] == [each.value for each in Rounding]
