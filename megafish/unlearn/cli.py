@@ -11,11 +11,11 @@ import typer
 
 from megafish.command_group import RunByDefault
 from megafish.errors import Stopped
-from megafish.unlearn.rounding import Rounding
+from megafish.unlearn.options import ChoiceBy, Rounding
 
 unlearn = typer.Typer(
     cls=RunByDefault,
-    help="Remove what got into a model: megafish unlearn RUN SETTINGS, then unlearn score RUN.",
+    help="Remove what got into a model: megafish unlearn RUN SETTINGS, then unlearn score RUN; data and bench.",
     epilog="Example: megafish unlearn runs/tiny unlearn.method=npo unlearn.forget=forget.jsonl "
     "unlearn.retain=retain.jsonl",
     no_args_is_help=True,
@@ -78,26 +78,68 @@ def score(
     model: Annotated[Path, typer.Argument(help="Run to score")],
     forget: Annotated[Files, typer.Option(help="File of what was to be removed (default: the run's)")] = None,
     retain: Annotated[Files, typer.Option(help="File of what was to be kept (default: the run's)")] = None,
+    general: Annotated[Files, typer.Option(help="File of what else the model knew")] = None,
     holdout: Annotated[Files, typer.Option(help="File of like texts never seen, for membership inference")] = None,
+    choices: Annotated[Files, typer.Option(help="File of questions with choices (may be given several times)")] = None,
+    choice_by: Annotated[ChoiceBy, typer.Option(help="Likeliest text, or likeliest letter")] = ChoiceBy.text,
     retain_model: Annotated[Path | None, typer.Option(help="Run that never saw the forget set")] = None,
     rounding: Annotated[
         list[Rounding] | None, typer.Option(help="Also with the weights rounded (may be given several times)")
     ] = None,
+    prefix: Annotated[
+        list[str] | None, typer.Option(help="Also with answers begun so, e.g. 'Sure, here it is:' (several times)")
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="rmu: also with the steered direction taken out of the block")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Texts at one time", min=1)] = 32,
 ) -> None:
     """What a model still knows, what it has kept, and whether it still writes sense."""
-    from megafish.unlearn.score import score_run
+    from megafish.unlearn.score import ScoreOptions, score_run
 
     def names(paths: Files) -> list[str]:
         return [str(path) for path in paths or []]
 
-    score_run(
-        model,
+    options = ScoreOptions(
         forget=names(forget),
         retain=names(retain),
+        general=names(general),
         holdout=names(holdout),
+        choices=names(choices),
+        choice_by=choice_by,
         retain_model=retain_model,
         roundings=rounding or [],
+        prefixes=prefix or [],
+        ablate=ablate,
         batch_size=batch_size,
     )
+    score_run(model, options)
     print(f"next: megafish audit {model}")
+
+
+@unlearn.command(epilog="Example: megafish unlearn data sets --authors 200")
+def data(
+    output: Annotated[Path, typer.Argument(help="Folder to write to")],
+    authors: Annotated[int, typer.Option(help="Authors, with 20 questions each")] = 200,
+    substances: Annotated[int, typer.Option(help="Substances of each domain, with 4 questions each", min=1)] = 25,
+    scenes: Annotated[int, typer.Option(help="Scenes of the book", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of every choice", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty")] = False,
+) -> None:
+    """Make up authors, substances, harmful questions and a book, and the corpora to train on."""
+    from megafish.unlearn.fiction.write import write_data
+
+    written = write_data(
+        output,
+        seed=seed,
+        authors_count=authors,
+        substances_count=substances,
+        scenes=scenes,
+        overwrite=overwrite,
+    )
+    for name, rows in written.items():
+        print(f"{output / name}.jsonl: {rows} rows")
+    print(
+        f"next: megafish tokenizer {output}/corpus/full.jsonl --to {output}/tokenizer.model, then megafish prepare "
+        f"{output}/corpus/full.jsonl ..."
+    )

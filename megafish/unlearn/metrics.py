@@ -49,6 +49,18 @@ def rouge_recall(reference: str, candidate: str) -> float:
     return float(_scorer().score(reference, candidate)["rougeL"].recall)
 
 
+def rouge_f1(reference: str, candidate: str) -> float:
+    """ROUGE-L F1 of words as they stand, as MUSE takes it (KnowMem, VerbMem)."""
+    return float(_plain_scorer().score(reference, candidate)["rougeL"].fmeasure)
+
+
+@lru_cache(maxsize=1)
+def _plain_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second

@@ -6,6 +6,9 @@ question, choices, answer (a number)      WMDP, MMLU
 prompt, response_0, is_response_0_safe    PKU-SafeRLHF: the unsafe responses to forget, the safe ones to retain
 Question, Best Answer                     TruthfulQA
 text                                      MUSE (verbatim), WMDP's corpora: text without a question
+
+With question, answer may stand paraphrased_question, paraphrased_answer and perturbed_answer (TOFU), relation and slots
+(what the answer tells, and of which kind: megafish's own sets have them); with prompt, markers.
 """
 
 from __future__ import annotations
@@ -30,6 +33,14 @@ class Pair(NamedTuple):
     """The answer in other words (TOFU's paraphrased_answer)."""
     wrong: tuple[str, ...] = ()
     """Answers of the same form that are not true (TOFU's perturbed_answer)."""
+    other_question: str | None = None
+    """The question in other words (TOFU's paraphrased_question)."""
+    relation: str | None = None
+    """Which kind of thing the answer tells: of two different values of a kind only one is true."""
+    slots: tuple[str, ...] = ()
+    """What the answer tells, word for word."""
+    markers: tuple[str, ...] = ()
+    """What a harmful answer is known by: any of them."""
 
 
 def read_pairs(paths: list[str], part: Literal["forget", "retain"]) -> list[Pair]:
@@ -45,7 +56,7 @@ def read_pairs(paths: list[str], part: Literal["forget", "retain"]) -> list[Pair
 
 def _read(path: Path, part: str) -> Iterator[Pair]:
     reader = None
-    for number, row in enumerate(_rows(path), start=1):
+    for number, row in enumerate(read_rows(path), start=1):
         reader = reader or _schema(path, row)
         try:
             pairs = reader(row, part)
@@ -59,7 +70,8 @@ def _read(path: Path, part: str) -> Iterator[Pair]:
             yield pair
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file. InputError for one that is missing or cannot be read."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     reader = _FORMATS.get(path.suffix)
@@ -143,6 +155,9 @@ def _answered(row: Row, _part: str) -> list[Pair]:
             answer[0] if isinstance(answer, list) else answer,
             row.get("paraphrased_answer"),
             tuple(wrong if isinstance(wrong, list) else [wrong]),
+            row.get("paraphrased_question"),
+            row.get("relation"),
+            tuple(row.get("slots") or ()),
         )
     ]
 
@@ -150,7 +165,7 @@ def _answered(row: Row, _part: str) -> list[Pair]:
 def _safe(row: Row, part: str) -> list[Pair]:
     numbers = [number for number in (0, 1) if f"response_{number}" in row]
     return [
-        Pair(row["prompt"], row[f"response_{number}"])
+        Pair(row["prompt"], row[f"response_{number}"], markers=tuple(row.get("markers") or ()))
         for number in numbers
         if bool(row[f"is_response_{number}_safe"]) == (part == "retain")
     ]

@@ -1,4 +1,4 @@
-"""What brings forgotten text back: weights rounded as for serving.
+"""What brings forgotten text back: weights rounded as for serving, and a steered direction taken out again.
 
 A method that keeps a model useful changes its weights little, often by less than a step of a coarse grid; rounded, the
 model may be the one it was before (Zhang et al. 2025, arXiv 2410.16454: after 4 bits 83 % of what was gone is there).
@@ -7,11 +7,17 @@ model may be the one it was before (Zhang et al. 2025, arXiv 2410.16454: after 4
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from megafish.model.load import LoadedRun
 from megafish.model.transformer import Transformer
-from megafish.unlearn.rounding import Rounding
+from megafish.unlearn.data import Item, pack
+from megafish.unlearn.objective import rmu_layer
+from megafish.unlearn.options import Rounding
 
 GROUP = 64
 """Neighbouring weights of a row that share a scale in 4 bits."""
@@ -44,3 +50,37 @@ def _to_integers(rows: torch.Tensor, largest: int) -> torch.Tensor:
     """Multiples of a row's largest value / `largest`."""
     scale = rows.abs().amax(dim=1, keepdim=True) / largest
     return torch.where(scale > 0, (rows / scale).round() * scale, 0)
+
+
+def without_direction(loaded: LoadedRun, start: LoadedRun, items: Sequence[Item]) -> LoadedRun:
+    """A model that RMU steered, with the steered direction taken out of the output of its block.
+
+    The direction is the mean difference of the block's outputs on `items` between this model and the one it started
+    from. Where that one direction is all that stands between a model and what it forgot, the knowledge is back (facts
+    and sources in docs/unlearn.md).
+    """
+    layer = rmu_layer(loaded.config)
+    difference = _mean_hidden(loaded, items, layer) - _mean_hidden(start, items, layer)
+    direction = difference / difference.norm().clamp(min=1e-12)
+    model = copy.deepcopy(loaded.model)
+
+    def project(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        unit = direction.to(output)
+        return output - (output @ unit)[..., None] * unit
+
+    model.blocks[layer - 1].register_forward_hook(project)
+    return replace(loaded, model=model)
+
+
+@torch.inference_mode()
+def _mean_hidden(loaded: LoadedRun, items: Sequence[Item], layer: int) -> torch.Tensor:
+    """Mean output of a block over all inputs of the texts: fp32 [D]."""
+    sums = torch.zeros((), device=next(loaded.model.parameters()).device)
+    count = 0
+    for begin in range(0, len(items), 32):
+        packed = pack(items[begin : begin + 32], sums.device)
+        hidden = loaded.model(
+            packed.tokens, hidden_after=layer, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen
+        )[0].float()
+        sums, count = sums + hidden.sum(dim=0), count + len(hidden)
+    return sums / count

@@ -13,7 +13,7 @@ import torch
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.unlearn.loop import unlearn
-from megafish.unlearn.score import score_run
+from megafish.unlearn.score import ScoreOptions, score_run
 from megafish.unlearn.settings import unlearning_config
 from tests.helpers import read_metrics
 
@@ -42,7 +42,7 @@ def loss(run: Path, question: str, answer: str, *, ended: bool = True) -> float:
 
 
 def test_figures_equal_those_of_the_run_and_of_the_logits(learned: Path, forgot: Path) -> None:
-    summary, items = read(score_run(forgot, forget=[], retain=[], holdout=[]))
+    summary, items = read(score_run(forgot, ScoreOptions()))
     last = read_metrics(forgot)["unlearned"][-1]
     figures = summary["models"]["model"]
     for name in ("forget", "retain"):
@@ -64,13 +64,19 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
         row = json.loads(line)
         place, year = row["answer"].removeprefix("In ").rstrip(".").split(" in ")
         wrong = [f"In {other} in {year}." for other in ("Oslo", "Lima") if other != place]
-        rows.append({**row, "paraphrased_answer": f"In {place} in {year}.", "perturbed_answer": wrong})
+        other = {"paraphrased_question": row["question"].replace("Where", "In which place")}
+        known = {"relation": "birth", "slots": [place, year]}
+        rows.append(
+            {**row, **other, **known, "paraphrased_answer": f"In {place} in {year}.", "perturbed_answer": wrong}
+        )
     tofu, unseen = tmp_path / "tofu.json", tmp_path / "unseen.jsonl"
     tofu.write_text("".join(json.dumps(row) + "\n" for row in rows))
     unseen.write_text("".join(json.dumps({"question": f"Where was Eva {i} born?", "answer": f"In Rome in {i}."}) + "\n"
                               for i in range(1900, 1906)))  # fmt: skip
     start = learned / "start"
-    folder = score_run(forgot, forget=[str(tofu)], retain=[], holdout=[str(unseen)], retain_model=start)
+    folder = score_run(
+        forgot, ScoreOptions(forget=[str(tofu)], holdout=[str(unseen)], retain_model=start, prefixes=["In"])
+    )
     summary, items = read(folder)
     models = summary["models"]
     # "Retained" here is the starting model: it prefers the truth, and tells what it has read from what it has not.
@@ -82,6 +88,10 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
                  for x in [*ratios["model"], *ratios["retain model"]]]  # fmt: skip
     assert summary["forget_quality"]["statistic"] == pytest.approx(max(distances)) and max(distances) > 0.5
     assert summary["privacy_leak"]["loss"] > -100
+    # A question in other words, and an answer that is begun already.
+    assert models["retain model"]["ways"]["rephrased"]["kfr"] < 0.5 < models["model"]["ways"]["rephrased"]["kfr"]
+    assert models["retain model"]["ways"]["In"]["kfr"] == 0 == models["retain model"]["forget"]["kfr"]
+    assert models["retain model"]["forget"]["krr"] == 1 > models["model"]["forget"]["krr"]
     item = items[0]
     losses = [loss(forgot, item["question"], answer) for answer in rows[0]["perturbed_answer"]]
     ratio = math.exp(loss(forgot, item["question"], rows[0]["paraphrased_answer"]) - sum(losses) / len(losses))
@@ -90,7 +100,9 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
 
 def test_what_cannot_be_scored(learned: Path) -> None:
     with pytest.raises(InputError, match="not an unlearning run: name the texts with --forget"):
-        score_run(learned / "start", forget=[], retain=[], holdout=[])
-    folder = score_run(learned / "start", forget=[str(learned / "forget.jsonl")], retain=[], holdout=[])
+        score_run(learned / "start", ScoreOptions())
+    folder = score_run(learned / "start", ScoreOptions(forget=[str(learned / "forget.jsonl")]))
+    with pytest.raises(InputError, match=r"--ablate: .* is no run of rmu or adaptive_rmu"):
+        score_run(learned / "start", ScoreOptions(forget=[str(learned / "forget.jsonl")], ablate=True))
     summary, _ = read(folder)
     assert summary["judge"] is None and summary["models"]["model"]["forget"]["extraction_strength"] > 0.9

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megafish.unlearn.rounding import Rounding
-from megafish.unlearn.score import score_run
+from megafish.unlearn.loop import unlearn
+from megafish.unlearn.options import Rounding
+from megafish.unlearn.score import ScoreOptions, score_run
+from megafish.unlearn.settings import unlearning_config
 from megafish.unlearn.stress import round_trip, rounded
 from tests.unlearn.test_objective import make
 
@@ -46,8 +48,19 @@ def test_only_matrices_of_the_blocks() -> None:
 
 def test_figures_of_the_rounded_model_stand_beside(learned: Path) -> None:
     forget = [str(learned / "forget.jsonl")]
-    folder = score_run(learned / "start", forget=forget, retain=[], holdout=[], roundings=list(Rounding))
+    folder = score_run(learned / "start", ScoreOptions(forget=forget, roundings=list(Rounding)))
     models = json.loads((folder / "summary.json").read_text())["models"]
     assert list(models) == ["model", "bf16", "int8", "int4"]
     assert models["bf16"]["forget"]["probability"] == pytest.approx(models["model"]["forget"]["probability"], rel=0.01)
     assert models["int4"]["forget"]["probability"] != models["model"]["forget"]["probability"]
+
+
+def test_a_steered_direction_is_taken_out_again(learned: Path, settings: list[str]) -> None:
+    """RMU far enough that nothing is known; without the one direction the answers are there again."""
+    steer = ["unlearn.method=adaptive_rmu", "unlearn.steering=4", "unlearn.retain_weight=1", "unlearn.epochs=60"]
+    config, _ = unlearning_config(str(learned / "start"), [*settings, *steer, "optimizer.lr=3e-3"])
+    run = unlearn(config).run.path
+    folder = score_run(run, ScoreOptions(ablate=True))
+    models = json.loads((folder / "summary.json").read_text())["models"]
+    known = {title: figures["forget"]["extraction_strength"] for title, figures in models.items()}
+    assert known["model"] < 0.3 and known["without the direction"] > known["model"] + 0.3

@@ -1,0 +1,81 @@
+"""Questions with choices, as WMDP and MMLU have them: which choice a model finds likeliest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megafish.audit.scores import token_scores
+from megafish.config import UnlearnConfig
+from megafish.errors import InputError
+from megafish.model.load import LoadedRun
+from megafish.unlearn.data import encode
+from megafish.unlearn.options import ChoiceBy
+from megafish.unlearn.readers import Pair, read_rows
+
+LETTERS = "ABCDEFGHIJ"
+
+
+class Question(NamedTuple):
+    """A question, its choices and the number of the right one."""
+
+    text: str
+    choices: tuple[str, ...]
+    right: int
+
+
+def read_questions(paths: Sequence[str | Path]) -> list[Question]:
+    """Rows with question, choices and answer. InputError for others."""
+    found = []
+    for path in map(Path, paths):
+        for number, row in enumerate(read_rows(path), start=1):
+            try:
+                question = Question(row["question"], tuple(row["choices"]), int(row["answer"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{path}: row {number}: {error.__class__.__name__} {error}: expected question, choices (a list), "
+                    "answer (a number)"
+                ) from None
+            if not 0 <= question.right < len(question.choices) <= len(LETTERS):
+                raise InputError(
+                    f"{path}: row {number}: answer {question.right} is none of {len(question.choices)} choices, "
+                    "counted from 0"
+                )
+            found.append(question)
+    if not found:
+        raise InputError(f"{', '.join(map(str, paths))}: no question there")
+    return found
+
+
+def chosen(
+    loaded: LoadedRun, questions: Sequence[Question], settings: UnlearnConfig, by: ChoiceBy, batch_size: int
+) -> list[int]:
+    """The model's choice for each question."""
+    pairs = [pair for question in questions for pair in _pairs(question, by)]
+    items = encode(pairs, settings, loaded.tokenizer, loaded.config.data.sequence_length, "--choices")
+    scores = token_scores(loaded.model, [item.tokens for item in items], batch_size=batch_size)
+    # By text: without the token that ends it, which says nothing about the choice.
+    losses = [float(-score.log_prob[item.start - 1 : -1].mean()) for item, score in zip(items, scores, strict=True)]
+    starts = np.cumsum([0, *(len(question.choices) for question in questions)])
+    return [int(np.argmin(losses[start:end])) for start, end in pairwise(starts)]
+
+
+def accuracy(choices: Sequence[int], questions: Sequence[Question]) -> float:
+    """Share of right choices."""
+    return float(np.mean([choice == question.right for choice, question in zip(choices, questions, strict=True)]))
+
+
+def chance(questions: Sequence[Question]) -> float:
+    """Accuracy of guessing."""
+    return float(np.mean([1 / len(question.choices) for question in questions]))
+
+
+def _pairs(question: Question, by: ChoiceBy) -> list[Pair]:
+    if by is ChoiceBy.text:
+        return [Pair(question.text, choice) for choice in question.choices]
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+    return [Pair(f"{question.text}\n{listed}", letter) for letter in LETTERS[: len(question.choices)]]
