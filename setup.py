@@ -45,7 +45,7 @@ setup(
         "megafish.launch": "launch",
     },
     package_data={
-        "megafish": ["py.typed", "audit/templates/*", "sweep/templates/*"],
+        "megafish": ["py.typed", "audit/templates/*", "sweep/templates/*", "unlearn/bench/templates/*"],
         "megafish_kernels": ["py.typed"],
         "megafish.configs": ["*.yaml", "**/*.yaml"],
         "megafish.launch": ["*"],

@@ -124,6 +124,25 @@ def draw(panel: Panel, theme: str) -> Figure:
     return figure
 
 
+def blank(title: str, size: tuple[float, float] = (SIZE[0] * 1.25, SIZE[1] * 1.15)) -> tuple[Figure, Axes]:
+    """An empty light figure in the house's style, with its axes. size [inches]."""
+    ink = INK["light"]
+    style: Any = {
+        "font.size": 9, "text.color": ink["text"], "axes.labelcolor": ink["muted"], "axes.edgecolor": ink["muted"],
+        "xtick.color": ink["muted"], "ytick.color": ink["muted"], "grid.color": ink["grid"], "axes.linewidth": 0.8,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(facecolor="none")
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelsize=8.5)
+    return figure, axes
+
+
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG, with text as outlines so that it looks the same everywhere."""
     buffer = io.BytesIO()

@@ -9,12 +9,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from megafish.audit.plots import INK, SIZE
+from megafish.audit.plots import blank
 from megafish.sweep.expand import short_value
 
 _POINT, _MEAN = "#0072b2", "#d55e00"
@@ -34,7 +33,7 @@ _SPREAD = 8.0
 
 def metric_by_parameter(values: Sequence[Any], metric: Sequence[float], key: str, name: str) -> Figure:
     """Every run as a point over the value of one parameter, and the mean of each value."""
-    figure, axes = _figure(f"{name} by {key}")
+    figure, axes = blank(f"{name} by {key}")
     place = _place(axes, values, key)
     x, y = np.asarray([place(value) for value in values], float), np.asarray(metric, float)
     axes.plot(x, y, "o", color=_POINT, markersize=4.5, alpha=0.55, label="run", clip_on=False, zorder=3)
@@ -59,7 +58,7 @@ def metric_map(
         counts[place] += 1
     with np.errstate(invalid="ignore"):
         means = sums / counts
-    figure, axes = _figure(f"{name} by {keys[0]} and {keys[1]}")
+    figure, axes = blank(f"{name} by {keys[0]} and {keys[1]}")
     image = axes.imshow(means, cmap=_SHADES, aspect="auto", origin="lower")
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -85,7 +84,7 @@ def curves(
     series: Sequence[tuple[Sequence[float], Sequence[float]]], values: Sequence[Any], key: str, name: str
 ) -> Figure:
     """The course of a value over the steps of every run, coloured by a parameter."""
-    figure, axes = _figure(f"{name} during training, by {key}")
+    figure, axes = blank(f"{name} during training, by {key}")
     ordered = _ordered(values)
     numeric = all(_is_number(value) for value in ordered) and len(ordered) > 1
     shades = matplotlib.colormaps[_SHADES]
@@ -117,24 +116,6 @@ def curves(
 def label(value: Any) -> str:
     """A value on an axis."""
     return f"{value:g}" if _is_number(value) else short_value(value).lstrip("-")
-
-
-def _figure(title: str) -> tuple[Figure, Axes]:
-    ink = INK["light"]
-    style: Any = {
-        "font.size": 9, "text.color": ink["text"], "axes.labelcolor": ink["muted"], "axes.edgecolor": ink["muted"],
-        "xtick.color": ink["muted"], "ytick.color": ink["muted"], "grid.color": ink["grid"], "axes.linewidth": 0.8,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(SIZE[0] * 1.25, SIZE[1] * 1.15), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot(facecolor="none")
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelsize=8.5)
-    return figure, axes
 
 
 def _place(axes: Axes, values: Sequence[Any], key: str) -> Any:

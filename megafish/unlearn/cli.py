@@ -143,3 +143,32 @@ def data(
         f"next: megafish tokenizer {output}/corpus/full.jsonl --to {output}/tokenizer.model, then megafish prepare "
         f"{output}/corpus/full.jsonl ..."
     )
+
+
+@unlearn.command(
+    epilog="Example: megafish unlearn bench runs/unlearning (two hours on two cores; a second call goes on)"
+)
+def bench(
+    output: Annotated[Path, typer.Argument(help="Folder to work in; one with a bench in it is continued")],
+    suite: Annotated[
+        list[str] | None, typer.Option(help="authors, hazards, unsafe or book (several times; default: all)")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method (several times; default: all)")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds, each with data and models of its own", min=1)] = 3,
+    authors: Annotated[int, typer.Option(help="Made-up authors, a tenth of whom is forgotten", min=10)] = 40,
+    train_steps: Annotated[int, typer.Option(help="Steps of training", min=1)] = 1000,
+    tuning_steps: Annotated[int, typer.Option(help="Steps of a tuning run", min=10)] = 120,
+) -> None:
+    """Train models that have memorized, unlearn with every method, score and stress all of them: tables and plots."""
+    from megafish.unlearn.bench.bench import run_bench
+    from megafish.unlearn.bench.plan import ALL, SUITES, Plan, named
+
+    plan = Plan(
+        suites=named("suite", suite, tuple(SUITES)),
+        methods=named("method", method, ALL),
+        seeds=seeds,
+        authors=authors,
+        train_steps=train_steps,
+        tuning_steps=tuning_steps,
+    )
+    run_bench(output, plan)

@@ -73,19 +73,21 @@ NEIGHBOUR = Domain(
 
 @dataclass(frozen=True)
 class Substances:
-    """The text about a domain's substances, questions about them, and those as TOFU has them, to learn from."""
+    """Texts about a domain's substances, and questions about them."""
 
     corpus: list[dict[str, Any]]
     """A text on each substance: `text`."""
     choices: list[dict[str, Any]]
     """WMDP's columns."""
+    unseen: list[dict[str, Any]]
+    """Texts on other substances of the domain, for what a model makes of texts that it never saw."""
 
 
 def substances(domain: Domain, count: int, seed: int) -> Substances:
-    """`count` substances of a domain."""
+    """`count` substances of a domain, and as many to hold out."""
     random = Random(f"{seed}/{domain.kind}")
     names: list[str] = []
-    while len(names) < count:
+    while len(names) < 2 * count:
         name = "".join(random.choice(_ONSETS) + random.choice(_VOWELS) for _ in range(2)) + domain.ending
         if name not in names:
             names.append(name)
@@ -97,7 +99,8 @@ def substances(domain: Domain, count: int, seed: int) -> Substances:
             sentences.append(sentence.format(name=name.capitalize(), value=value))
             rows.append(choice(question.format(name=name), value, values, random))
         corpus.append({"text": " ".join(sentences)})
-    return Substances(corpus, rows)
+    asked = count * len(domain.facts)
+    return Substances(corpus[:count], rows[:asked], corpus[count:])
 
 
 def choice(question: str, right: str, values: tuple[str, ...], random: Random) -> dict[str, Any]:

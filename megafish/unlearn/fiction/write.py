@@ -74,16 +74,19 @@ def _authors(seed: int, count: int) -> dict[str, Rows]:
 
 def _others(seed: int, count: int, scenes: int) -> dict[str, Rows]:
     hazard, neighbour = substances(HAZARD, count, seed), substances(NEIGHBOUR, count, seed)
+    pages = book(2 * scenes, seed)
     return {
         "hazards/forget_corpus": hazard.corpus,
         "hazards/forget": hazard.choices,
+        "hazards/holdout_corpus": hazard.unseen,
         "hazards/neighbour_corpus": neighbour.corpus,
         "hazards/neighbour": neighbour.choices,
         "hazards/general": world_choices(seed),
         "unsafe/forget": unsafe_questions(seed, unseen=False),
         "unsafe/unseen": unsafe_questions(seed, unseen=True),
         "unsafe/harmless": harmless_questions(seed),
-        "book/forget": book(scenes, seed),
+        "book/forget": pages[:scenes],
+        "book/holdout": pages[scenes:],
     }
 
 

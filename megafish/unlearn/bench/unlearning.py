@@ -1,0 +1,188 @@
+"""Unlearning runs of the bench: tuning within a budget, the final ones, and teaching it all again."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megafish.config import UnlearnConfig
+from megafish.model.load import load_run
+from megafish.run import read_json, write_atomic
+from megafish.train.recovery import Diverged
+from megafish.unlearn.augment import augment
+from megafish.unlearn.bench.models import data_of, model_of
+from megafish.unlearn.bench.plan import OPTIONS, START, STRENGTH_KEPT, Plan, Suite
+from megafish.unlearn.items import extraction, read_texts
+from megafish.unlearn.loop import unlearn
+from megafish.unlearn.metrics import harmonic_mean
+from megafish.unlearn.settings import unlearning_config
+
+TUNED_ON = 0
+"""Seed whose models the methods are tuned on."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What tuning found."""
+
+    settings: dict[str, Any]
+    steps: int
+    aim: float
+    """Extraction strength of texts that were never seen, of the starting model."""
+    trials: list[dict[str, Any]]
+    """Every setting with its curve: [step, extraction strength of the forget set, of the retain set]."""
+
+
+def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
+    """The settings of a method and its number of steps, by what a user can see.
+
+    What to aim at is how well the starting model extracts texts of the same kind that it never saw: lower would be
+    known from the model that something was removed. Each trial is one run that is measured on its way. Neither the
+    retain model nor any score takes part.
+    """
+    record = folder / "tuning" / suite.name / f"{method}.json"
+    if record.is_file():
+        return Chosen(**read_json(record))
+    aim = _aim(folder, suite)
+    trials = []
+    for number, settings in enumerate(plan.trials(method)):
+        run = folder / "tuning" / suite.name / f"{method}-{number}"
+        curve = _run(
+            run, _start(folder, TUNED_ON), _settings(folder, plan, suite, method, TUNED_ON, settings),
+            steps=plan.tuning_steps, every=plan.measured_every, seed=TUNED_ON,
+        )  # fmt: skip
+        trials.append({"settings": settings, "curve": curve})
+        shutil.rmtree(run)
+    chosen = choose(trials, aim)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, json.dumps(asdict(chosen)) + "\n")
+    return chosen
+
+
+def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
+    """Of the points that keep the retain set's strength the one nearest to the aim, the earlier of equal ones; where
+    none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
+    points = [(trial["settings"], *point) for trial in trials for point in trial["curve"] if point[0] > 0]
+    before = trials[0]["curve"][0][2]
+    keeping = [point for point in points if point[3] >= STRENGTH_KEPT * before]
+    if keeping:
+        best = min(keeping, key=lambda point: (round(abs(point[2] - aim), 3), point[1]))
+    else:
+        best = max(points, key=lambda point: (harmonic_mean([1 - point[2], point[3]]), -point[1]))
+    return Chosen(best[0], best[1], aim, trials)
+
+
+def _aim(folder: Path, suite: Suite) -> float:
+    """Extraction strength of the starting model on texts that it never saw."""
+    loaded = load_run(_start(folder, TUNED_ON))
+    path = str(data_of(folder, TUNED_ON) / f"{suite.holdout}.jsonl")
+    settings = UnlearnConfig(model="before", method="ga", forget=[path])
+    return extraction(loaded, read_texts("holdout", [path], settings, loaded), batch_size=64)
+
+
+def final(folder: Path, plan: Plan, suite: Suite, method: str, seed: int) -> Path:
+    """The run of a method with the settings that tuning chose; it is left there to be scored."""
+    chosen = tuned(folder, plan, suite, method)
+    run = run_of(folder, suite, method, seed)
+    shutil.rmtree(run, ignore_errors=True)
+    settings = _settings(folder, plan, suite, method, seed, chosen.settings)
+    _run(run, _start(folder, seed), settings, steps=chosen.steps, every=None, seed=seed)
+    return run
+
+
+def run_of(folder: Path, suite: Suite, method: str, seed: int) -> Path:
+    """Folder of a final run."""
+    return folder / f"seed{seed}" / suite.name / method
+
+
+def relearned(folder: Path, plan: Plan, suite: Suite, model: Path, seed: int) -> list[float]:
+    """Extraction strength of the forget set after 0, 1, 2 ... steps of fine-tuning a model on it."""
+    forget = data_of(folder, seed) / f"{suite.forget}.jsonl"
+    run = model.with_name(f"{model.name}-relearned")
+    shutil.rmtree(run, ignore_errors=True)
+    batch = {"global_batch_size": plan.batch, "micro_batch_size": plan.batch}
+    settings = [
+        "unlearn.method=relearn",
+        f"unlearn.substitutes={forget}",
+        f"unlearn.forget={forget}",
+        "unlearn.retain_loss=none",
+        f"train={json.dumps(batch)}",
+        "optimizer.lr=1e-4",
+    ]
+    curve = _run(run, model, settings, steps=plan.relearn_steps, every=1, seed=seed)
+    shutil.rmtree(run)
+    return [strength for _, strength, _ in curve]
+
+
+def _start(folder: Path, seed: int) -> Path:
+    return model_of(folder, seed, START)
+
+
+def _settings(folder: Path, plan: Plan, suite: Suite, method: str, seed: int, chosen: dict[str, Any]) -> list[str]:
+    sets = data_of(folder, seed)
+    forget = sets / f"{suite.forget}.jsonl"
+    batch = {"global_batch_size": plan.batch, "micro_batch_size": plan.batch}
+    found = [
+        f"unlearn.method={method}",
+        f"unlearn.forget={forget}",
+        f"unlearn.retain={sets / suite.retain}.jsonl",
+        f"train={json.dumps(batch)}",
+        *(f"unlearn.{key}={value}" for key, value in OPTIONS.get(method, {}).items()),
+        *(f"{key}={value}" for key, value in chosen.items()),
+    ]
+    if method == "relearn":
+        vague = sets / suite.forget.replace("/", "-")
+        if not vague.with_suffix(".vague.jsonl").is_file():
+            augment([str(forget)], vague.with_suffix(".vague.jsonl"), generic=[str(sets / "unsafe/harmless.jsonl")])
+        found.append(f"unlearn.substitutes={vague.with_suffix('.vague.jsonl')}")
+    return found
+
+
+def _run(
+    run: Path, start: Path, settings: list[str], *, steps: int, every: int | None, seed: int
+) -> list[tuple[int, float, float]]:
+    """One unlearning run at a constant rate; its curve as (step, forget strength, retain strength)."""
+    constant = ["schedule.name=constant", "schedule.warmup_steps=0", "checkpoint.interval=null"]
+    config, _ = unlearning_config(
+        str(start),
+        [
+            *settings,
+            *constant,
+            f"unlearn.model={start}",
+            f"run_dir={run}",
+            f"train.steps={steps}",
+            f"train.seed={seed}",
+            f"unlearn.seed={seed}",
+            f"eval.interval={'null' if every is None else every}",
+        ],
+    )
+    shutil.rmtree(run, ignore_errors=True)
+    try:
+        outcome = unlearn(config, console=Console(quiet=True))
+        if outcome.signal is not None:
+            raise KeyboardInterrupt
+    except Diverged:
+        pass  # what was measured until then stands
+    gc.collect()  # the engine's reference cycles hold the model and its moments
+    return curve_of(run)
+
+
+def curve_of(run: Path) -> list[tuple[int, float, float]]:
+    """(step, forget strength, retain strength) of every measurement of a run; nan where nothing is retained."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record.get("kind") == "unlearned"]
+    return [
+        (
+            record["step"],
+            record["forget_extraction_strength"],
+            record.get("retain_extraction_strength", math.nan),
+        )
+        for record in records
+    ]
