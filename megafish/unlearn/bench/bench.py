@@ -16,6 +16,7 @@ from megafish.unlearn.bench.models import MODELS, make_data, make_model, model_o
 from megafish.unlearn.bench.plan import SUITES, Plan, Suite
 from megafish.unlearn.bench.report import write_report
 from megafish.unlearn.bench.scoring import Exam, make_exam, scored
+from megafish.unlearn.bench.table import printed, suite_table
 from megafish.unlearn.bench.unlearning import final, relearned, tuned
 
 
@@ -47,6 +48,8 @@ def run_bench(folder: str | Path, plan: Plan, *, console: Console | None = None)
                         exam = exam or make_exam(target, suite, seed)
                         _record(target, plan, suite, name, seed, exam)
                     bar.advance()
+    for suite in suites:
+        console.print(printed(suite_table(suite.name, list(records(target, plan))), suite.about))
     page = write_report(target, plan, list(records(target, plan)))
     console.print(f"next: open {page} in a browser", highlight=False, soft_wrap=True)
     return page

@@ -15,7 +15,7 @@ from megafish.data.prepare import prepare
 from megafish.data.tokenizer import train_tokenizer
 from megafish.run import write_atomic
 from megafish.train.loop import train
-from megafish.unlearn.bench.plan import GOLDFISH, GOLDFISH_K, RETAIN, START, Plan
+from megafish.unlearn.bench.plan import GOLDFISH, GOLDFISH_K, GOLDFISH_MIN_CONTEXT, RETAIN, START, Plan
 from megafish.unlearn.fiction.write import write_data
 
 ASKED = 160
@@ -80,6 +80,7 @@ def make_model(folder: Path, plan: Plan, seed: int, name: str) -> None:
             f"data.sequence_length={plan.sequence_length}",
             f"data.seed={seed}",
             f"goldfish.k={'null' if k is None else k}",
+            f"goldfish.min_context={'null' if k is None else GOLDFISH_MIN_CONTEXT}",
             "optimizer.lr=4e-3",
             "schedule.min_lr_ratio=0",
             "schedule.warmup_fraction=0.05",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.table import Table
 
 from megafish.unlearn.bench.plan import RETAIN, START, UTILITY_KEPT, WITHIN
 
@@ -70,6 +72,13 @@ COLUMNS = (
 )
 
 
+MAIN = (
+    "extraction strength", "KFR, fluent", "harmful", "hazard questions right", "membership AUC", "utility",
+    "strength in int4", "strength relearned",
+)  # fmt: skip
+"""What is shown on a terminal."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A model of a suite: for each column its values over the seeds, None where it has none."""
@@ -130,6 +139,19 @@ def cell(column: Column, values: list[float] | None) -> str:
     if column.format != ".2f" or spread < 0.005:
         return mean
     return f"{mean} ± {spread:.2f}"
+
+
+def printed(table: SuiteTable, about: str) -> Table:
+    """The main figures, a row a model, for a terminal."""
+    found = Table(title=f"{table.suite}: {about}", box=box.SIMPLE_HEAD, title_justify="left")
+    found.add_column("")
+    shown = [number for number, column in enumerate(table.columns) if column.name in MAIN]
+    for number in shown:
+        found.add_column(table.columns[number].name, justify="right")
+    found.add_column("forgotten and useful")
+    for row in table.rows:
+        found.add_row(row.model, *(cell(table.columns[number], row.values[number]) for number in shown), row.verdict)
+    return found
 
 
 def markdown(table: SuiteTable) -> str:
