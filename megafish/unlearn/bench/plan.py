@@ -39,6 +39,8 @@ class Suite:
     holdout: str
     """Texts like those of the forget set that no model has seen."""
     choices: tuple[str, ...] = ()
+    hides: bool = True
+    """Whether nothing should show that something was removed; otherwise the less is left the better."""
 
 
 ALL = (
@@ -66,6 +68,7 @@ SUITES = {
             asked_retain="authors/asked",
             holdout="hazards/holdout_corpus",
             choices=("hazards/forget", "hazards/neighbour", "hazards/general"),
+            hides=False,
         ),
         Suite(
             "unsafe",
@@ -75,6 +78,7 @@ SUITES = {
             methods=("ga", "graddiff", "idk", "npo", "simnpo", "llmu"),
             asked_retain="unsafe/harmless",
             holdout="unsafe/unseen",
+            hides=False,
         ),
         Suite(
             "book",
@@ -96,8 +100,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 FASTER = {"rmu": 10, "adaptive_rmu": 10}
 # What is tried beside the learning rate: the published weight and length are for hidden states of another size.
 TRIED: dict[str, list[dict[str, Any]]] = {
-    "rmu": [{"retain_weight": 10.0, "steering": 6.5}, {"retain_weight": 10.0, "steering": 20.0}],
-    "adaptive_rmu": [{"retain_weight": 10.0, "steering": 2.0}, {"retain_weight": 10.0, "steering": 5.0}],
+    "rmu": [{"retain_weight": weight, "steering": 20.0} for weight in (10.0, 100.0)],
+    "adaptive_rmu": [{"retain_weight": weight, "steering": 5.0} for weight in (10.0, 100.0)],
 }
 
 

@@ -35,7 +35,7 @@ class Chosen:
     settings: dict[str, Any]
     steps: int
     aim: float
-    """Extraction strength of texts that were never seen, of the starting model."""
+    """Extraction strength to come to."""
     trials: list[dict[str, Any]]
     """Every setting with its curve: [step, extraction strength of the forget set, of the retain set]."""
 
@@ -43,14 +43,14 @@ class Chosen:
 def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
     """The settings of a method and its number of steps, by what a user can see.
 
-    What to aim at is how well the starting model extracts texts of the same kind that it never saw: lower would be
-    known from the model that something was removed. Each trial is one run that is measured on its way. Neither the
+    Where nothing should show that something was removed, what to aim at is the extraction strength that the starting
+    model has on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is measured on its way. Neither the
     retain model nor any score takes part.
     """
     record = folder / "tuning" / suite.name / f"{method}.json"
     if record.is_file():
         return Chosen(**read_json(record))
-    aim = _aim(folder, suite)
+    aim = _aim(folder, suite) if suite.hides else 0.0
     trials = []
     for number, settings in enumerate(plan.trials(method)):
         run = folder / "tuning" / suite.name / f"{method}-{number}"
@@ -67,13 +67,13 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
 
 
 def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
-    """Of the points that keep the retain set's strength the one nearest to the aim, the earlier of equal ones; where
-    none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
+    """Of the points that keep the retain set's strength the one nearest to the aim, of equal ones (to 0.01) the one that
+    keeps the most; where none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
     points = [(trial["settings"], *point) for trial in trials for point in trial["curve"] if point[0] > 0]
     before = trials[0]["curve"][0][2]
     keeping = [point for point in points if point[3] >= STRENGTH_KEPT * before]
     if keeping:
-        best = min(keeping, key=lambda point: (round(abs(point[2] - aim), 3), point[1]))
+        best = min(keeping, key=lambda point: (round(abs(point[2] - aim), 2), -point[3], point[1]))
     else:
         best = max(points, key=lambda point: (harmonic_mean([1 - point[2], point[3]]), -point[1]))
     return Chosen(best[0], best[1], aim, trials)
