@@ -10,7 +10,7 @@ from megafish.config_sections import AbsolutePath, Section, Seed, Text
 
 Method = Literal[
     "ga", "graddiff", "ga_kl", "idk", "dpo", "npo", "simnpo", "llmu", "relearn",
-    "undial", "wga", "satimp", "ceu", "rmu", "adaptive_rmu",
+    "undial", "wga", "satimp", "ceu", "rmu", "adaptive_rmu", "task_vector",
 ]  # fmt: skip
 RetainLoss = Literal["none", "ce", "kl", "ce+kl"]
 
@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ceu": {"skip_tokens": 1},
     "rmu": {"layer": None, "steering": 6.5},
     "adaptive_rmu": {"layer": None, "steering": 2.0},
+    "task_vector": {"negation": 1.0},
 }
 # (forget_weight, retain_loss, retain_weight) of a method.
 WEIGHTS: dict[str, tuple[float, RetainLoss, float]] = {
@@ -49,6 +50,7 @@ WEIGHTS: dict[str, tuple[float, RetainLoss, float]] = {
     "ceu": (1.0, "none", 1.0),
     "rmu": (1.0, "none", 1200.0),
     "adaptive_rmu": (1.0, "none", 1200.0),
+    "task_vector": (1.0, "none", 1.0),
 }
 RMU = ("rmu", "adaptive_rmu")
 
@@ -92,6 +94,8 @@ class UnlearnConfig(Section):
     """rmu: block whose output is steered; it and the two before it are trained. null: at 7/32 of the depth, or 3."""
     steering: float | None = Field(default=None, gt=0)
     """rmu: length of the steering vector; adaptive_rmu: the same in lengths of the starting model's output."""
+    negation: float | None = Field(default=None, gt=0)
+    """task_vector: how many times the change that learns the forget set is taken off the starting weights."""
     refusals: AbsolutePath | None = None
     """idk, dpo: file with one refusal a line. null: a list that ships with megafish."""
     substitutes: AbsolutePath | None = None
@@ -113,6 +117,10 @@ class UnlearnConfig(Section):
             raise ValueError("method=relearn needs substitutes: a file of questions with vague answers to learn")
         if self.method in RMU and self.retain_loss not in (None, "none"):
             raise ValueError(f"retain_loss={self.retain_loss} has no meaning for method={self.method}: leave it null")
+        if self.method == "task_vector" and self.retain_loss not in (None, "none"):
+            raise ValueError(
+                f"retain_loss={self.retain_loss} has no meaning for method=task_vector: it would be taken off as well"
+            )
         if self.method == "ceu" and "kl" in (self.retain_loss or ""):
             raise ValueError(
                 f"method=ceu with retain_loss={self.retain_loss}: CE-U's teacher is the model itself, a retain term's "

@@ -37,6 +37,7 @@ from megafish.train.host import available_memory, keep_freed_memory
 from megafish.train.muon import Muon
 from megafish.train.optim import build_optimizer
 from megafish.train.partition import (
+    extrapolate,
     fill_buffers,
     flat_buffers,
     full_shape,
@@ -344,6 +345,11 @@ class Engine:
         """Weights and optimizer state that this process is to store, as views of its memory."""
         mesh = self.processes.mesh
         return owned_pieces(self._buffers, self._names, mesh.tensor.rank, (mesh.replicas.rank, mesh.replicas.size))
+
+    def extrapolate(self, start: Callable[[str], torch.Tensor], factor: float) -> None:
+        """Replace the weights w by start - factor * (w - start). start: the full tensor of a name. Collective."""
+        together(lambda: extrapolate(self._buffers, self._names, start, factor))
+        refresh_weights(self.optimizer)
 
     def load(self, folder: Path) -> None:
         """Read weights and optimizer state of a checkpoint, written by any number of processes at any ZeRO stage.

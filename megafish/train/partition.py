@@ -14,7 +14,7 @@ import DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +201,21 @@ def fill_buffers(buffers: list[FlatBuffer], names: dict[nn.Parameter, str], read
                 span.of(target).copy_(stored)
         for key, scalar in reader.scalars(members[0]).items() if members else ():
             buffer.set_scalar(key, scalar)
+
+
+@torch.no_grad()
+def extrapolate(
+    buffers: list[FlatBuffer], names: dict[nn.Parameter, str], start: Callable[[str], torch.Tensor], factor: float
+) -> None:
+    """Replace the weights w of this process's buffers by start - factor * (w - start)."""
+    for buffer in buffers:
+        for span in buffer.spans:
+            shard = shard_of(span.parameter)
+            known = start(names[span.parameter])
+            known = known if shard is None else shard.take(known)
+            own = span.of(buffer.master.detach())
+            base = known.reshape(-1)[span.begin : span.end].to(own)
+            own.copy_(base - factor * (own - base))
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

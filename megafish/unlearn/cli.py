@@ -140,8 +140,29 @@ def data(
     for name, rows in written.items():
         print(f"{output / name}.jsonl: {rows} rows")
     print(
-        f"next: megafish tokenizer {output}/corpus/full.jsonl --to {output}/tokenizer.model, then megafish prepare "
-        f"{output}/corpus/full.jsonl ..."
+        f"next: megafish tokenizer {output}/corpus/full.jsonl --vocab-size 1024 --output {output}/tokenizer.model\n"
+        f"      megafish prepare {output}/corpus/full.jsonl --tokenizer {output}/tokenizer.model --valid-fraction 0 "
+        f"--output {output}/full"
+    )
+
+
+@unlearn.command(epilog="Example: megafish unlearn augment forget.jsonl --output vague.jsonl --generic general.jsonl")
+def augment(
+    forget: Annotated[list[Path], typer.Argument(help="Files of questions to forget")],
+    output: Annotated[Path, typer.Option(help="File to write, for unlearn.substitutes")],
+    generic: Annotated[
+        Files, typer.Option(help="File of rows without private knowledge, as many of which go in")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every choice", min=0)] = 0,
+) -> None:
+    """ReLearn's data: other ways to ask, vague answers that were checked, completions, generic rows."""
+    from megafish.unlearn.augment import augment as write
+
+    kinds = write([str(path) for path in forget], output, generic=[str(path) for path in generic or []], seed=seed)
+    print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in kinds.items()))
+    print(
+        f"next: megafish unlearn RUN unlearn.method=relearn unlearn.substitutes={output} unlearn.forget={forget[0]} "
+        "unlearn.retain=retain.jsonl"
     )
 
 

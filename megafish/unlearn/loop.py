@@ -105,6 +105,11 @@ def unlearn(
             engine.load(checkpoint)
             guard.load(state["guard"])
             spent, owed = Spent(**state["unlearn_spent"]), state["owes_evaluation"]
+            if state.get("taken_off") and not budget.used_up(spent):
+                raise InputError(
+                    f"{run.path}: its task vector has been taken off after step {spent.steps}: start a run of its own "
+                    "for more steps"
+                )
         tracker = together(lambda: open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if note is not None:
@@ -139,6 +144,7 @@ def unlearn(
             watchdog.mark("saving", spent.steps, slow=True)
             state = {"step": spent.steps, "unlearn_spent": asdict(spent), "valid_loss": None, "guard": guard.state()}
             state["owes_evaluation"] = owed
+            state["taken_off"] = settings.method == "task_vector" and budget.used_up(spent)
             saver.save({**state, **origin["record"], **identity}, wait=wait)
 
         def report_checkpoints() -> None:
@@ -214,6 +220,11 @@ def unlearn(
                 if last or spent.steps % config.track.log_interval == 0:
                     tracker.log(record)
                 tracker.show(budget.progress(spent), record)
+            if last and settings.method == "task_vector":
+                watchdog.mark("taking the change off", spent.steps, slow=True)
+                # Read anew: without ZeRO the model in training lives in the memory that the file is mapped to.
+                unchanged = together(partial(initial_weights, start, config.model, tokenizer.vocab_size))
+                engine.extrapolate(unchanged, settings.option("negation"))
             if last or due(spent.steps, config.eval.interval):
                 evaluate()
             if last or due(spent.steps, config.checkpoint.interval):

@@ -193,6 +193,8 @@ class Objective:
             return weight * micro.mean("mismatch", nll) - micro.mean("forget", nll)
         if method in ("idk", "relearn"):
             return micro.mean("wanted", nll)
+        if method == "task_vector":
+            return micro.mean("forget", nll)
         if method == "wga":
             return micro.mean("forget", losses.weighted_ascent(nll, option("beta")))
         if method == "satimp":

@@ -55,6 +55,8 @@ def test_every_method_goes_its_way(learned: Path, settings: list[str], tmp_path:
         own += ["unlearn.epochs=20", "optimizer.lr=3e-3"]
     if method in RMU:  # 1200 is for a model of 7 billion parameters
         own += ["unlearn.retain_weight=1", "optimizer.lr=1e-2"]
+    if method == "task_vector":  # what is known by heart gives a small change
+        own.append("unlearn.negation=3")
     made, (before, after) = run(learned, settings, *own)
     if method in ("idk", "relearn"):
         steps = read_metrics(made.path)["train"]
@@ -62,6 +64,23 @@ def test_every_method_goes_its_way(learned: Path, settings: list[str], tmp_path:
     else:
         assert after["forget_loss"] > before["forget_loss"] + 0.2
         assert after["forget_loss"] > after["retain_loss"]
+
+
+def test_a_task_vector_is_taken_off(learned: Path, settings: list[str], tmp_path: Path) -> None:
+    """The weights are the starting ones minus twice the change that fine-tuning on the same texts makes."""
+    made, _ = run(learned, settings, "unlearn.method=task_vector", "unlearn.negation=2", "train.steps=4")
+    tune = ["unlearn.method=relearn", f"unlearn.substitutes={learned / 'forget.jsonl'}", "unlearn.retain_loss=none"]
+    tuned, _ = run(learned, settings, *tune, "train.steps=4", f"run_dir={tmp_path / 'tuned'}")
+    start, change, end = (
+        load_file(each.latest() / "model.safetensors")
+        for each in (RunDir(learned / "start"), tuned, made)  # type: ignore[operator]
+    )
+    for name, weight in start.items():
+        torch.testing.assert_close(end[name], weight - 2 * (change[name] - weight), rtol=0, atol=1e-6)
+        assert not torch.equal(end[name], weight)
+    longer, _ = unlearning_config(str(made.path), ["train.steps=6"])
+    with pytest.raises(InputError, match="its task vector has been taken off after step 4"):
+        unlearn(longer, resume=True)
 
 
 @pytest.mark.parametrize("method", ["wga", "dpo", "undial"])
@@ -118,6 +137,7 @@ def test_a_reference_of_another_model_is_refused(learned: Path, settings: list[s
         (["unlearn.method=ga", "unlearn.beta=2"], "beta has no meaning for method=ga"),
         (["unlearn.method=relearn"], "method=relearn needs substitutes"),
         (["unlearn.method=ceu", "unlearn.retain_loss=kl"], "method=ceu with retain_loss=kl"),
+        (["unlearn.method=task_vector", "unlearn.retain_loss=ce"], "it would be taken off as well"),
         (["unlearn.retain=[]"], "method=npo needs retain"),
         (["unlearn.template=Q {question}"], "must have {question} and behind it {answer}"),
         (["train.tokens=1e6"], "the budget of unlearning is unlearn.epochs, or train.steps"),

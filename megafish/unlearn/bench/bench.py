@@ -32,11 +32,13 @@ def run_bench(folder: str | Path, plan: Plan, *, console: Console | None = None)
         for seed in range(plan.seeds):
             make_data(target, plan, seed)
             for name in MODELS:
+                bar.note(f"seed {seed}: {name}")
                 make_model(target, plan, seed, name)
                 bar.advance()
     with track(tunings, "tune", "method") as bar:
         for suite in suites:
             for method in plan.methods_of(suite):
+                bar.note(f"{suite.name}: {method}")
                 tuned(target, plan, suite, method)
                 bar.advance()
     with track(jobs, "unlearn and score", "model") as bar:

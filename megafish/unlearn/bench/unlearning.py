@@ -43,9 +43,9 @@ class Chosen:
 def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
     """The settings of a method and its number of steps, by what a user can see.
 
-    Where nothing should show that something was removed, what to aim at is the extraction strength that the starting
-    model has on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is measured on its way. Neither the
-    retain model nor any score takes part.
+    Where nothing should show that something was removed, the aim is the extraction strength that the starting model has
+    on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is measured on its way.
+    Neither the retain model nor any score takes part.
     """
     record = folder / "tuning" / suite.name / f"{method}.json"
     if record.is_file():
@@ -67,8 +67,8 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
 
 
 def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
-    """Of the points that keep the retain set's strength the one nearest to the aim, of equal ones (to 0.01) the one that
-    keeps the most; where none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
+    """Of the points that keep the retain set's strength the one nearest to the aim, of equal ones (to 0.01) the one
+    that keeps the most; where none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
     points = [(trial["settings"], *point) for trial in trials for point in trial["curve"] if point[0] > 0]
     before = trials[0]["curve"][0][2]
     keeping = [point for point in points if point[3] >= STRENGTH_KEPT * before]
