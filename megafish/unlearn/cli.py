@@ -179,6 +179,7 @@ def bench(
     authors: Annotated[int, typer.Option(help="Made-up authors, a tenth of whom is forgotten", min=10)] = 40,
     train_steps: Annotated[int, typer.Option(help="Steps of training", min=1)] = 1000,
     tuning_steps: Annotated[int, typer.Option(help="Steps of a tuning run", min=10)] = 120,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one a core, one with a GPU)", min=1)] = None,
 ) -> None:
     """Train models that have memorized, unlearn with every method, score and stress all of them: tables and plots."""
     from megafish.unlearn.bench.bench import run_bench
@@ -192,4 +193,4 @@ def bench(
         train_steps=train_steps,
         tuning_steps=tuning_steps,
     )
-    run_bench(output, plan)
+    run_bench(output, plan, workers=workers)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,40 @@ from rich.console import Console
 
 from megafish.progress import track
 from megafish.run import write_atomic
-from megafish.unlearn.bench.models import MODELS, make_data, make_model, model_of
+from megafish.unlearn.bench.models import MODELS, is_trained, make_data, make_model, model_of
 from megafish.unlearn.bench.plan import SUITES, Plan, Suite
+from megafish.unlearn.bench.pool import run_all, usual_workers
 from megafish.unlearn.bench.report import write_report
-from megafish.unlearn.bench.scoring import Exam, make_exam, scored
+from megafish.unlearn.bench.scoring import make_exam, scored
 from megafish.unlearn.bench.table import printed, suite_table
-from megafish.unlearn.bench.unlearning import final, relearned, tuned
+from megafish.unlearn.bench.unlearning import final, is_tuned, relearned, tuned
 
 
-def run_bench(folder: str | Path, plan: Plan, *, console: Console | None = None) -> Path:
-    """Train, tune, unlearn, score, stress, report; returns the page. Raises InputError."""
+def run_bench(folder: str | Path, plan: Plan, *, workers: int | None = None, console: Console | None = None) -> Path:
+    """Train, tune, unlearn, score, stress, report; returns the page. workers: processes, by default one a core.
+
+    Raises InputError.
+    """
     console = console or Console()
+    workers = workers or usual_workers()
     target = Path(folder)
     plan.keep(target)
     suites = [SUITES[name] for name in plan.suites]
-    jobs = sum(len(MODELS) + len(plan.methods_of(suite)) for suite in suites) * plan.seeds
-    tunings = sum(len(plan.methods_of(suite)) for suite in suites)
-    with track(len(MODELS) * plan.seeds, "train", "model") as bar:
-        for seed in range(plan.seeds):
-            make_data(target, plan, seed)
-            for name in MODELS:
-                bar.note(f"seed {seed}: {name}")
-                make_model(target, plan, seed, name)
-                bar.advance()
-    with track(tunings, "tune", "method") as bar:
-        for suite in suites:
-            for method in plan.methods_of(suite):
-                bar.note(f"{suite.name}: {method}")
-                tuned(target, plan, suite, method)
-                bar.advance()
-    with track(jobs, "unlearn and score", "model") as bar:
-        for seed in range(plan.seeds):
-            for suite in suites:
-                exam: Exam | None = None
-                for name in (*MODELS, *plan.methods_of(suite)):
-                    if not record_of(target, suite, name, seed).is_file():
-                        exam = exam or make_exam(target, suite, seed)
-                        _record(target, plan, suite, name, seed, exam)
-                    bar.advance()
+    for seed in range(plan.seeds):
+        make_data(target, plan, seed)
+    seeds = range(plan.seeds)
+    models = [(target, plan, seed, name) for seed in seeds for name in MODELS]
+    _phase("train", "model", make_model, [each for each in models if not is_trained(*each)], workers)
+    methods = [(target, plan, suite, method) for suite in suites for method in plan.methods_of(suite)]
+    _phase("tune", "method", tuned, [each for each in methods if not is_tuned(*each)], workers)
+    entries = [
+        (target, plan, suite, name, seed)
+        for seed in seeds
+        for suite in suites
+        for name in (*MODELS, *plan.methods_of(suite))
+    ]
+    missing = [each for each in entries if not record_of(target, *each[2:]).is_file()]
+    _phase("unlearn and score", "model", measure_model, missing, workers)
     for suite in suites:
         console.print(printed(suite_table(suite.name, list(records(target, plan))), suite.about))
     page = write_report(target, plan, list(records(target, plan)))
@@ -57,8 +54,14 @@ def run_bench(folder: str | Path, plan: Plan, *, console: Console | None = None)
     return page
 
 
-def _record(folder: Path, plan: Plan, suite: Suite, name: str, seed: int, exam: Exam) -> None:
+def _phase(what: str, unit: str, call: Callable[..., Any], arguments: list[tuple[Any, ...]], workers: int) -> None:
+    with track(len(arguments), what, unit) as bar:
+        run_all([(call, each) for each in arguments], workers, bar)
+
+
+def measure_model(folder: Path, plan: Plan, suite: Suite, name: str, seed: int) -> None:
     """Make a model if a method makes it, score it, teach it again, and write all of it down."""
+    exam = _exam(folder, suite, seed)
     began = time.monotonic()
     run = model_of(folder, seed, name) if name in MODELS else final(folder, plan, suite, name, seed)
     seconds = time.monotonic() - began
@@ -79,6 +82,10 @@ def _record(folder: Path, plan: Plan, suite: Suite, name: str, seed: int, exam: 
         "figures": figures,
     }
     write_atomic(path, json.dumps(record) + "\n")
+
+
+# Of a suite and a seed made once in a process, which goes through its models one after another.
+_exam = lru_cache(maxsize=1)(make_exam)
 
 
 def record_of(folder: Path, suite: Suite, name: str, seed: int) -> Path:

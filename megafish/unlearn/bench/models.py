@@ -22,6 +22,7 @@ ASKED = 160
 """Rows of what is kept that are asked about; the methods are told to keep all of them."""
 MODELS = {START: ("full", None), RETAIN: ("retain", None), GOLDFISH: ("full", GOLDFISH_K)}
 """(corpus, goldfish.k) of each model."""
+_TRAINED = "trained.json"
 
 
 def data_of(folder: Path, seed: int) -> Path:
@@ -56,11 +57,15 @@ def make_data(folder: Path, plan: Plan, seed: int) -> None:
     write_atomic(home / "corpora.done", "")
 
 
+def is_trained(folder: Path, _plan: Plan, seed: int, name: str) -> bool:
+    """Whether a model is there."""
+    return (model_of(folder, seed, name) / _TRAINED).is_file()
+
+
 def make_model(folder: Path, plan: Plan, seed: int, name: str) -> None:
     """Train a model unless it is there; one that was cut short begins anew."""
     run = model_of(folder, seed, name)
-    done = run / "trained.json"
-    if done.is_file():
+    if is_trained(folder, plan, seed, name):
         return
     shutil.rmtree(run, ignore_errors=True)
     corpus, k = MODELS[name]
@@ -94,4 +99,4 @@ def make_model(folder: Path, plan: Plan, seed: int, name: str) -> None:
     if outcome.signal is not None:
         raise KeyboardInterrupt
     gc.collect()  # the engine's reference cycles hold the model and its moments
-    write_atomic(done, json.dumps({"steps": steps}) + "\n")
+    write_atomic(run / _TRAINED, json.dumps({"steps": steps}) + "\n")

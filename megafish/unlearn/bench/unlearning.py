@@ -47,7 +47,7 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
     on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is measured on its way.
     Neither the retain model nor any score takes part.
     """
-    record = folder / "tuning" / suite.name / f"{method}.json"
+    record = _tuning_of(folder, suite, method)
     if record.is_file():
         return Chosen(**read_json(record))
     aim = _aim(folder, suite) if suite.hides else 0.0
@@ -64,6 +64,15 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(record, json.dumps(asdict(chosen)) + "\n")
     return chosen
+
+
+def is_tuned(folder: Path, _plan: Plan, suite: Suite, method: str) -> bool:
+    """Whether a method's settings are chosen."""
+    return _tuning_of(folder, suite, method).is_file()
+
+
+def _tuning_of(folder: Path, suite: Suite, method: str) -> Path:
+    return folder / "tuning" / suite.name / f"{method}.json"
 
 
 def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
@@ -105,7 +114,7 @@ def run_of(folder: Path, suite: Suite, method: str, seed: int) -> Path:
 def relearned(folder: Path, plan: Plan, suite: Suite, model: Path, seed: int) -> list[float]:
     """Extraction strength of the forget set after 0, 1, 2 ... steps of fine-tuning a model on it."""
     forget = data_of(folder, seed) / f"{suite.forget}.jsonl"
-    run = model.with_name(f"{model.name}-relearned")
+    run = model.with_name(f"{model.name}-{suite.name}-relearned")
     shutil.rmtree(run, ignore_errors=True)
     batch = {"global_batch_size": plan.batch, "micro_batch_size": plan.batch}
     settings = [

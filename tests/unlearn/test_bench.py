@@ -1,0 +1,137 @@
+"""The bench from nothing to its page on models that are too small to know much, and its rules by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafish.errors import InputError
+from megafish.unlearn.bench.bench import run_bench
+from megafish.unlearn.bench.plan import ALL, GOLDFISH, RETAIN, START, SUITES, Plan, named
+from megafish.unlearn.bench.table import COLUMNS, cell, markdown, suite_table, verdict
+from megafish.unlearn.bench.unlearning import choose
+from tests.helpers import place_kept
+
+SMALL = Plan(
+    suites=("authors", "hazards"),
+    methods=("npo", "relearn", "adaptive_rmu"),
+    seeds=1,
+    authors=10,
+    num_layers=3,
+    hidden_size=64,
+    vocab_size=600,
+    train_steps=40,
+    batch=8,
+    learning_rates=(1e-3,),
+    tuning_steps=4,
+    measured_every=2,
+    relearn_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "bench"
+    with place_kept():
+        run_bench(folder, SMALL, workers=2)
+    return folder
+
+
+def test_every_model_of_every_suite_is_scored(bench: Path) -> None:
+    records = json.loads((bench / "report/results.json").read_text())
+    found = {(record["suite"], record["model"]) for record in records}
+    assert found == {
+        ("authors", START), ("authors", RETAIN), ("authors", GOLDFISH), ("authors", "npo"), ("authors", "relearn"),
+        ("authors", "adaptive_rmu"), ("hazards", START), ("hazards", RETAIN), ("hazards", GOLDFISH), ("hazards", "npo"),
+        ("hazards", "adaptive_rmu"),
+    }  # fmt: skip
+    for record in records:
+        figures = record["figures"]
+        assert len(figures["relearned"]) == 3 and set(figures["rounded"]) == {"bf16", "int8", "int4"}
+        assert ("ablated" in figures) == (record["model"] == "adaptive_rmu")
+        assert set(figures["choices"]) == set(SUITES[record["suite"]].choices)
+        if record["model"] == RETAIN:  # beside itself
+            assert set(figures["privacy_leak"].values()) == {0.0}
+            assert figures.get("forget_quality", {"p_value": 1.0})["p_value"] == pytest.approx(1.0)
+    page = (bench / "report/index.html").read_text()
+    assert page.count("<img") == 6 and "adaptive_rmu" in page and "What tuning chose" in page
+    assert (bench / "report/results.md").read_text().count("| **memory** |") == 2
+
+
+def test_a_method_begins_where_it_was_measured_first(bench: Path) -> None:
+    """The trial's first point is the starting model's, as it is scored."""
+    records = json.loads((bench / "report/results.json").read_text())
+    before = next(r for r in records if (r["suite"], r["model"]) == ("authors", START))["figures"]
+    trials = json.loads((bench / "tuning/authors/npo.json").read_text())["trials"]
+    assert trials[0]["curve"][0][:2] == [0, pytest.approx(before["forget"]["extraction_strength"])]
+    assert [point[0] for point in trials[0]["curve"]] == [0, 2, 4]
+    assert before["relearned"][0] == pytest.approx(before["forget"]["extraction_strength"])
+
+
+def test_a_second_call_makes_nothing_anew(bench: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in (bench / "results").rglob("*.json")}
+    made = {path: path.stat().st_mtime_ns for path in bench.glob("seed0/*/trained.json")}
+    with place_kept():
+        run_bench(bench, SMALL, workers=1)
+    assert times == {path: path.stat().st_mtime_ns for path in (bench / "results").rglob("*.json")}
+    assert made == {path: path.stat().st_mtime_ns for path in bench.glob("seed0/*/trained.json")} and len(made) == 3
+
+
+def test_folders_that_hold_something_else(bench: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds a bench with another train_steps: give the same options"):
+        run_bench(bench, Plan(**{**vars(SMALL), "train_steps": 41}))
+    (tmp_path / "other").write_text("")
+    with pytest.raises(InputError, match="is not empty, and no bench is in it"):
+        run_bench(tmp_path, SMALL)
+    with pytest.raises(InputError, match="--method gaa: expected one of ga, graddiff"):
+        named("method", ["gaa"], ALL)
+    assert named("method", ["npo", "ga"], ALL) == ("ga", "npo") and named("method", None, ALL) == ALL
+
+
+def trial(rate: float, *points: tuple[int, float, float]) -> dict[str, Any]:
+    return {"settings": {"optimizer.lr": rate}, "curve": [[0, 1.0, 1.0], *map(list, points)]}
+
+
+def test_what_tuning_chooses() -> None:
+    quick = trial(1e-3, (10, 0.30, 0.96), (20, 0.0, 0.5))
+    steady = trial(1e-4, (10, 0.60, 0.99), (20, 0.33, 0.98), (30, 0.10, 0.97))
+    # Nearest to the aim among those that keep 0.97: 0.33; the lower one is too low, the quick one keeps too little.
+    chosen = choose([quick, steady], 0.25)
+    assert (chosen.settings, chosen.steps) == ({"optimizer.lr": 1e-4}, 20)
+    assert choose([quick, steady], 0.0).steps == 30
+    # Of equally near ones the one that keeps more.
+    assert choose([steady, trial(2e-4, (40, 0.329, 1.0))], 0.25).steps == 40
+    # None keeps enough: harmonic mean of (1 - forget, retain).
+    chosen = choose([quick, trial(5e-4, (10, 0.5, 0.6))], 0.25)
+    assert (chosen.settings, chosen.steps) == ({"optimizer.lr": 1e-3}, 10)
+
+
+def record(model: str, seed: int, strength: float, utility: float) -> dict[str, Any]:
+    figures = {"forget": {"extraction_strength": strength}, "utility": utility, "relearned": [strength, 0.5]}
+    return {"suite": "authors", "model": model, "seed": seed, "figures": figures}
+
+
+@pytest.mark.parametrize(
+    ("strength", "utility", "wanted"),
+    [
+        (0.25, 0.76, "yes"),
+        (0.26, 0.76, "remembers"),
+        (0.25, 0.75, "loses utility"),
+        (0.9, 0.1, "remembers, loses utility"),
+    ],
+)
+def test_verdicts(strength: float, utility: float, wanted: str) -> None:
+    records = [record(START, 0, 1.0, 0.8), record(RETAIN, 0, 0.2, 0.9), record("npo", 0, strength, utility)]
+    by_model = {each["model"]: [each] for each in records}
+    assert verdict("npo", by_model) == wanted and verdict(START, by_model) == verdict(RETAIN, by_model) == ""
+
+
+def test_means_and_deviations_over_seeds() -> None:
+    records = [record(START, seed, strength, 0.8) for seed, strength in enumerate((0.9, 1.0, 0.95))]
+    table = suite_table("authors", records)
+    assert [column.name for column in table.columns] == ["extraction strength", "utility", "strength relearned"]
+    assert cell(COLUMNS[0], table.rows[0].values[0]) == "0.95 ± 0.05" and cell(COLUMNS[0], [0.8, 0.8]) == "0.80"
+    assert "| extraction strength | 0.95 ± 0.05 |" in markdown(table)
