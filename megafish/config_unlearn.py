@@ -96,6 +96,10 @@ class UnlearnConfig(Section):
     """rmu: length of the steering vector; adaptive_rmu: the same in lengths of the starting model's output."""
     negation: float | None = Field(default=None, gt=0)
     """task_vector: how many times the change that learns the forget set is taken off the starting weights."""
+    lora_rank: int | None = Field(default=None, ge=1)
+    """Rank of adapters that are trained instead of the weights. null: all weights are trained."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """What the adapters are multiplied by, times the rank. null: twice the rank."""
     refusals: AbsolutePath | None = None
     """idk, dpo: file with one refusal a line. null: a list that ships with megafish."""
     substitutes: AbsolutePath | None = None
@@ -121,6 +125,10 @@ class UnlearnConfig(Section):
             raise ValueError(
                 f"retain_loss={self.retain_loss} has no meaning for method=task_vector: it would be taken off as well"
             )
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"lora_alpha={self.lora_alpha} has no meaning without lora_rank: set both")
+        if self.method == "task_vector" and self.lora_rank is not None:
+            raise ValueError("method=task_vector takes a change of the weights off: leave lora_rank out")
         if self.method == "ceu" and "kl" in (self.retain_loss or ""):
             raise ValueError(
                 f"method=ceu with retain_loss={self.retain_loss}: CE-U's teacher is the model itself, a retain term's "

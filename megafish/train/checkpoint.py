@@ -30,7 +30,7 @@ from megafish.model.load import MANIFEST, STATE, WEIGHTS, WEIGHTS_INDEX
 from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
 from megafish.train.engine import Processes, attempt, from_main
-from megafish.train.state import FOLDER, INDEX, MASTER, StateReader, make_index
+from megafish.train.state import FOLDER, INDEX, StateReader, Weights, make_index
 
 RECEIPTS = "receipts"
 """Folder inside an unfinished checkpoint in which every process says what it has written."""
@@ -64,7 +64,7 @@ def read_receipts(folder: Path, kind: str, world_size: int) -> list[dict[str, An
 
 def write_weights(
     folder: Path,
-    shapes: dict[str, tuple[int, ...]],
+    weights: Weights,
     dtype: torch.dtype,
     rank: int,
     world_size: int,
@@ -73,9 +73,10 @@ def write_weights(
 ) -> dict[str, Any]:
     """This process's share of the model's weights in `dtype`, made from the fp32 weights on disk; returns its receipt.
 
-    `shapes`: of all full parameters. One parameter at a time is in memory, whatever the number of processes. The files
-    are dealt out so that neighbouring processes, which share a node, do not write them all.
+    One parameter at a time is in memory, whatever the number of processes. The files are dealt out so that neighbouring
+    processes, which share a node, do not write them all.
     """
+    shapes = weights.shapes
     files = shards({name: torch.Size(shapes[name]).numel() * dtype.itemsize for name in sorted(shapes)}, limit)
     receipt: dict[str, Any] = {"files": {}, "weight_map": {}}
     own = [number for number in range(len(files)) if number * world_size // len(files) == rank]
@@ -84,15 +85,17 @@ def write_weights(
     reader = StateReader(folder, make_index(read_receipts(folder, "pieces", world_size)))
     for number in own:
         file = WEIGHTS if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        entries = [Entry(name, dtype, shapes[name], partial(_weight, reader, name, dtype)) for name in files[number]]
+        entries = [
+            Entry(name, dtype, shapes[name], partial(_weight, weights, reader, name, dtype)) for name in files[number]
+        ]
         receipt["files"][file] = write_tensors(folder / file, entries, cancelled)
         receipt["weight_map"] |= dict.fromkeys(files[number], file)
     return receipt
 
 
-def _weight(reader: StateReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _weight(weights: Weights, reader: StateReader, name: str, dtype: torch.dtype) -> torch.Tensor:
     # Rounded as DeepSpeed rounds after each step, so these are the bits that the model computes with.
-    return reader.whole(name, MASTER).to(dtype)
+    return weights.read(reader, name).to(dtype)
 
 
 def publish(run: RunDir, temporary: Path, state: dict[str, Any], config: CheckpointConfig, world_size: int) -> int:

@@ -46,7 +46,7 @@ from megafish.train.partition import (
     reset_state,
     scale_gradients,
 )
-from megafish.train.state import Piece, StateReader
+from megafish.train.state import Piece, StateReader, Weights, trained
 
 T = TypeVar("T")
 
@@ -253,6 +253,8 @@ class Engine:
         if isinstance(optimizer, Muon):
             optimizer.place(self._buffers, self.engine.seq_data_parallel_group, processes.device)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self.weights = Weights(self.shapes, trained)
+        """What a checkpoint's weights are made of: the trained parameters, until somebody sets it otherwise."""
 
     @property
     def module(self) -> nn.Module:
@@ -338,8 +340,8 @@ class Engine:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter, whatever of it is held here."""
-        return {name: full_shape(parameter) for parameter, name in self._names.items()}
+        """Full shape of every parameter that is trained, whatever of it is held here."""
+        return {name: full_shape(parameter) for parameter, name in self._names.items() if parameter.requires_grad}
 
     def pieces(self) -> list[Piece]:
         """Weights and optimizer state that this process is to store, as views of its memory."""

@@ -18,13 +18,15 @@ def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[s
 
     Decayed are the weights of matrices (two dimensions or more). Norms and biases never are; the embedding and the
     output head only with `decay_embeddings` (a token that is rare would otherwise shrink towards zero between its
-    occurrences). A tied embedding counts once.
+    occurrences). A tied embedding counts once. What is frozen is in none.
     """
     embeddings = {id(model.embedding.weight), id(model.head.weight)}
     hidden: list[torch.Tensor] = []
     decayed: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix, is_embedding = len(full_shape(parameter)) >= 2, id(parameter) in embeddings
         if config.name == "muon" and is_matrix and not is_embedding:
             hidden.append(parameter)

@@ -15,6 +15,7 @@ collective that each step has anyway (`flags` in, `poll` out). Until the last re
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -91,8 +92,9 @@ class Saver:
         self.finish()
         processes = self.engine.processes
         pieces = self.engine.pieces()
-        own = torch.tensor(_bytes(pieces, self.engine.dtype), device=processes.device)
+        own = torch.tensor(_bytes(pieces), device=processes.device)
         dist.all_reduce(own)
+        own += sum(map(math.prod, self.engine.weights.shapes.values())) * self.engine.dtype.itemsize
         temporary = self.run.checkpoint(state["step"]).with_suffix(".tmp")
         together(lambda: make_room(temporary, int(own)) if processes.is_main else None)
         if self.config.asynchronous and not wait:
@@ -238,7 +240,7 @@ class _Job:
         engine = self.saver.engine
         rank, world_size = engine.processes.rank, engine.processes.world_size
         cancelled = self.saver._cancel.is_set
-        receipt = write_weights(self.temporary, engine.shapes, engine.dtype, rank, world_size, cancelled)
+        receipt = write_weights(self.temporary, engine.weights, engine.dtype, rank, world_size, cancelled)
         write_receipt(self.temporary, "weights", rank, receipt)
 
     def _publish(self) -> None:
@@ -247,9 +249,8 @@ class _Job:
             self.bytes = publish(self.saver.run, self.temporary, self.state, self.saver.config, world_size)
 
 
-def _bytes(pieces: list[Piece], dtype: torch.dtype) -> int:
-    """Size of the pieces and of the weights that are made from them."""
+def _bytes(pieces: list[Piece]) -> int:
+    """Size of the pieces."""
     return sum(
-        (piece.end - piece.begin) * (sum(t.element_size() for t in piece.states.values()) + dtype.itemsize)
-        for piece in pieces
+        (piece.end - piece.begin) * sum(tensor.element_size() for tensor in piece.states.values()) for piece in pieces
     )

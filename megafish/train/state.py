@@ -14,7 +14,7 @@ now wanted are others, the parameter is put together first, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -219,3 +219,18 @@ class StateReader:
 
     def _open_file(self, file: str) -> Any:
         return safe_open(self.folder / file, framework="pt")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's weights, and how each is made from what is trained."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of all full parameters."""
+    read: Callable[[StateReader, str], torch.Tensor]
+    """A full parameter in fp32, by its name, from the trained ones on disk."""
+
+
+def trained(reader: StateReader, name: str) -> torch.Tensor:
+    """A parameter that is trained itself."""
+    return reader.whole(name, MASTER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -18,17 +19,20 @@ from megafish.config import Config
 from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
 from megafish.model.load import MANIFEST, STATE, checkpoint_of, initial_weights
+from megafish.model.lora import LoRA, adapt, adapted_names, merged
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json, sha256_file
 from megafish.train.checkpoint import check_resume, find_good, load_state
 from megafish.train.engine import Engine, Processes, building, start_processes, together
 from megafish.train.guard import StopRequest
 from megafish.train.loop import Outcome, asked_to_stop, claim, due, memory_bytes, open_tracker, watchdog_of
+from megafish.train.partition import full_shape
 from megafish.train.recovery import Diverged, check_replicas, one_decision
 from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent
 from megafish.train.spikes import StepGuard
 from megafish.train.stages import Stages
+from megafish.train.state import MASTER, StateReader, Weights
 from megafish.unlearn.data import read_sets
 from megafish.unlearn.measure import measure
 from megafish.unlearn.objective import Objective
@@ -73,13 +77,19 @@ def unlearn(
                 weights=weights,
                 activation_checkpointing=config.train.activation_checkpointing,
             )
+            shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+            lora = _lora(config)
+            if lora is not None:
+                adapt(model, lora, objective.trained)
         for name, parameter in model.named_parameters():
-            if not objective.trained(name):
+            if lora is None and not objective.trained(name):
                 # Left as it is, but in the optimizer's hands, which is what checkpoints are made of.
                 parameter.register_hook(torch.zeros_like)
         if objective.layer is not None:
             config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0})})
         engine = Engine(config, model, processes)
+        if lora is not None:
+            engine.weights = Weights(shapes, partial(_merged, weights, lora, adapted_names(model)))
 
         origin = together(lambda: _origin(start))
         identity = _identity(config, sets.digest(), origin["model"], engine)
@@ -253,6 +263,23 @@ def _check_batch(config: Config, processes: Processes) -> None:
         )
 
 
+def _lora(config: Config) -> LoRA | None:
+    """The adapters that are asked for."""
+    settings = config.unlearn
+    assert settings is not None
+    if settings.lora_rank is None:
+        return None
+    alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+    return LoRA(settings.lora_rank, alpha, settings.seed)
+
+
+def _merged(
+    start: Callable[[str], torch.Tensor], lora: LoRA, adapted: set[str], reader: StateReader, name: str
+) -> torch.Tensor:
+    """A weight of the plain model, from the factors on disk."""
+    return merged(name, start, lambda factor: reader.whole(factor, MASTER), lora, adapted)
+
+
 def _shares(config: Config, processes: Processes) -> list[slice]:
     """The places of the global batch that this process reads, a forward pass each."""
     micro = config.train.micro_batch_size
@@ -302,6 +329,7 @@ def _opening_line(config: Config, objective: Objective, model: Transformer, spen
     assert settings is not None
     begin = f"continues at step {spent.steps}" if spent.steps else f"starts from {settings.model}"
     trained = "" if objective.layer is None else f", block {objective.layer} steered"
+    trained += "" if settings.lora_rank is None else f", adapters of rank {settings.lora_rank}"
     return (
         f"{config.name} {begin}: {settings.method}, {len(sets.forget)} texts to forget, {len(sets.retain)} to retain"
         f"{trained}, {config.train.steps} steps of {config.train.global_batch_size}, {processes.world_size} x "

@@ -107,6 +107,8 @@ def _check(config: Config) -> None:
             raise InputError(f"{section}: has no meaning for unlearning: leave it out")
     if config.loss.model_dump() != type(config.loss)().model_dump():
         raise InputError("loss: its terms have no part in unlearning: leave the section out")
+    if unlearn.lora_rank is not None and config.optimizer.name == "muon":
+        raise InputError("unlearn.lora_rank with optimizer.name=muon: Muon is for whole matrices: take adamw")
     if unlearn.layer is not None and unlearn.layer > config.model.num_layers:
         raise InputError(
             f"unlearn.layer={unlearn.layer}: the model has blocks 1 to {config.model.num_layers}: name one of them"

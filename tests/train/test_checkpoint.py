@@ -101,7 +101,7 @@ def test_large_weights_are_written_in_parts(settings: list[str], tmp_path: Path)
     for rank, receipt in enumerate(receipts):
         (receipt_folder / f"pieces_{rank:05d}.json").write_text(json.dumps(receipt))
     for rank in range(3):
-        written = write_weights(parts, engine.shapes, torch.float32, rank, 3, limit=20_000)
+        written = write_weights(parts, engine.weights, torch.float32, rank, 3, limit=20_000)
         (receipt_folder / f"weights_{rank:05d}.json").write_text(json.dumps(written))
         assert written["files"], "every process has its share"
     other = RunDir(tmp_path / "other")

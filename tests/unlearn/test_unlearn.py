@@ -16,6 +16,7 @@ from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
 from megafish.unlearn.loop import unlearn
+from megafish.unlearn.score import ScoreOptions, score_run
 from megafish.unlearn.settings import unlearning_config
 from tests.helpers import read_metrics
 
@@ -83,6 +84,40 @@ def test_a_task_vector_is_taken_off(learned: Path, settings: list[str], tmp_path
         unlearn(longer, resume=True)
 
 
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_adapters_are_trained_and_merged(learned: Path, settings: list[str], tmp_path: Path, method: str) -> None:
+    """Nothing but matrices of the blocks differs, each by a product of the rank that was asked for."""
+    own = [f"unlearn.method={method}", "unlearn.lora_rank=2", "optimizer.lr=1e-2", "schedule.name=constant"]
+    own += ["schedule.warmup_steps=0", *(["unlearn.layer=3"] if method == "rmu" else [])]
+    made, (before, after) = run(learned, settings, *own, "train.steps=6")
+    start, end = (
+        load_file(each.latest() / "model.safetensors")
+        for each in (RunDir(learned / "start"), made)  # type: ignore[operator]
+    )
+    assert start.keys() == end.keys()
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    if method == "rmu":
+        assert changed == {f"blocks.{number}.feed_forward.down.weight" for number in range(3)}
+    else:
+        assert changed == {name for name in start if name.startswith("blocks.") and start[name].ndim == 2}
+        assert after["forget_loss"] > before["forget_loss"] + 0.2
+    for name in changed:
+        singular = torch.linalg.svdvals(end[name].double() - start[name].double())
+        assert singular[2] < 1e-5 * singular[0], name
+    # What is scored and audited afterwards is what was measured in the run.
+    summary = json.loads((score_run(made.path, ScoreOptions()) / "summary.json").read_text())
+    found = summary["models"]["model"]["forget"]["extraction_strength"]
+    assert found == pytest.approx(after["forget_extraction_strength"], abs=1e-6)
+    # The checkpoint holds the factors alone, and the run goes on from them bit for bit.
+    index = json.loads((made.latest() / "optimizer" / "index.json").read_text())  # type: ignore[operator]
+    assert all(name.endswith((".up", ".down")) for name in index["parameters"])
+    longer, resume = unlearning_config(str(made.path), ["train.steps=8"])
+    assert unlearn(longer, resume=resume).spent.steps == 8
+    whole, _ = run(learned, settings, *own, "train.steps=8", f"run_dir={tmp_path / 'whole'}")
+    files = [each.checkpoint(8) / "model.safetensors" for each in (made, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize("method", ["wga", "dpo", "undial"])
 def test_a_second_run_is_the_first_bit_for_bit(learned: Path, settings: list[str], tmp_path: Path, method: str) -> None:
     own = [f"unlearn.method={method}", "train.steps=3"]
@@ -138,6 +173,9 @@ def test_a_reference_of_another_model_is_refused(learned: Path, settings: list[s
         (["unlearn.method=relearn"], "method=relearn needs substitutes"),
         (["unlearn.method=ceu", "unlearn.retain_loss=kl"], "method=ceu with retain_loss=kl"),
         (["unlearn.method=task_vector", "unlearn.retain_loss=ce"], "it would be taken off as well"),
+        (["unlearn.method=task_vector", "unlearn.lora_rank=4"], "takes a change of the weights off"),
+        (["unlearn.lora_alpha=4"], "lora_alpha=4.0 has no meaning without lora_rank"),
+        (["unlearn.lora_rank=4", "optimizer.name=muon", "optimizer.betas=[0.9,0.95]"], "Muon is for whole matrices"),
         (["unlearn.retain=[]"], "method=npo needs retain"),
         (["unlearn.template=Q {question}"], "must have {question} and behind it {answer}"),
         (["train.tokens=1e6"], "the budget of unlearning is unlearn.epochs, or train.steps"),
