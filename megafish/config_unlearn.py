@@ -11,6 +11,7 @@ from megafish.config_sections import AbsolutePath, Section, Seed, Text
 Method = Literal[
     "ga", "graddiff", "ga_kl", "idk", "dpo", "npo", "simnpo", "llmu", "relearn",
     "undial", "wga", "satimp", "ceu", "rmu", "adaptive_rmu", "task_vector",
+    "memflex",
 ]  # fmt: skip
 RetainLoss = Literal["none", "ce", "kl", "ce+kl"]
 
@@ -32,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rmu": {"layer": None, "steering": 6.5},
     "adaptive_rmu": {"layer": None, "steering": 2.0},
     "task_vector": {"negation": 1.0},
+    "memflex": {"similarity": 0.92, "magnitude": 6e-4},
 }
 # (forget_weight, retain_loss, retain_weight) of a method.
 WEIGHTS: dict[str, tuple[float, RetainLoss, float]] = {
@@ -51,6 +53,7 @@ WEIGHTS: dict[str, tuple[float, RetainLoss, float]] = {
     "rmu": (1.0, "none", 1200.0),
     "adaptive_rmu": (1.0, "none", 1200.0),
     "task_vector": (1.0, "none", 1.0),
+    "memflex": (0.4, "ce", 2.0),
 }
 RMU = ("rmu", "adaptive_rmu")
 
@@ -96,6 +99,12 @@ class UnlearnConfig(Section):
     """rmu: length of the steering vector; adaptive_rmu: the same in lengths of the starting model's output."""
     negation: float | None = Field(default=None, gt=0)
     """task_vector: how many times the change that learns the forget set is taken off the starting weights."""
+    similarity: float | None = Field(default=None, ge=-1, le=1)
+    """memflex: cosine of the two sets' gradients below which a tensor is trained."""
+    magnitude: float | None = Field(default=None, ge=0)
+    """memflex: mean size of the entries of the forget set's gradient above which a tensor is trained."""
+    sure_percentile: float | None = Field(default=None, gt=0, lt=100)
+    """SURE: only rows whose forget gradient's norm is at or above this percentile in their tensor are trained (99)."""
     lora_rank: int | None = Field(default=None, ge=1)
     """Rank of adapters that are trained instead of the weights. null: all weights are trained."""
     lora_alpha: float | None = Field(default=None, gt=0)
@@ -129,6 +138,8 @@ class UnlearnConfig(Section):
             raise ValueError(f"lora_alpha={self.lora_alpha} has no meaning without lora_rank: set both")
         if self.method == "task_vector" and self.lora_rank is not None:
             raise ValueError("method=task_vector takes a change of the weights off: leave lora_rank out")
+        if self.method == "memflex" and self.weights[1] == "none":
+            raise ValueError("method=memflex compares the gradients of both sets: it needs a retain_loss")
         if self.method == "ceu" and "kl" in (self.retain_loss or ""):
             raise ValueError(
                 f"method=ceu with retain_loss={self.retain_loss}: CE-U's teacher is the model itself, a retain term's "

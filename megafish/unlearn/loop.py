@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,7 @@ from megafish.config import Config
 from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
 from megafish.model.load import MANIFEST, STATE, checkpoint_of, initial_weights
-from megafish.model.lora import LoRA, adapt, adapted_names, merged
+from megafish.model.lora import adapt
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json, sha256_file
 from megafish.train.checkpoint import check_resume, find_good, load_state
@@ -32,8 +31,9 @@ from megafish.train.saver import Saver
 from megafish.train.schedule import Budget, Spent
 from megafish.train.spikes import StepGuard
 from megafish.train.stages import Stages
-from megafish.train.state import MASTER, StateReader, Weights
+from megafish.unlearn.adapters import lora_of, merged_weights
 from megafish.unlearn.data import read_sets
+from megafish.unlearn.locate import RowMask, freeze_others, located_tensors, read_located, term_gradients
 from megafish.unlearn.measure import measure
 from megafish.unlearn.objective import Objective
 from megafish.unlearn.reference import Kind, Reference, check_reference, make_reference
@@ -78,18 +78,18 @@ def unlearn(
                 activation_checkpointing=config.train.activation_checkpointing,
             )
             shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
-            lora = _lora(config)
+            lora = lora_of(settings)
             if lora is not None:
                 adapt(model, lora, objective.trained)
         for name, parameter in model.named_parameters():
             if lora is None and not objective.trained(name):
                 # Left as it is, but in the optimizer's hands, which is what checkpoints are made of.
                 parameter.register_hook(torch.zeros_like)
-        if objective.layer is not None:
+        if objective.layer is not None or settings.method == "memflex":  # what is left alone must not decay
             config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0})})
         engine = Engine(config, model, processes)
         if lora is not None:
-            engine.weights = Weights(shapes, partial(_merged, weights, lora, adapted_names(model)))
+            engine.weights = merged_weights(shapes, weights, lora, model)
 
         origin = together(lambda: _origin(start))
         identity = _identity(config, sets.digest(), origin["model"], engine)
@@ -105,6 +105,13 @@ def unlearn(
             # A copy of its own: without ZeRO the model in training lives in the memory that the file is mapped to.
             known = weights(head).to(device, engine.dtype, copy=True) if compared else None
             reference = together(lambda: Reference(folder, device, known))
+
+        shares = _shares(config, processes)
+        if settings.method == "memflex":
+            watchdog.mark("comparing gradients", 0, slow=True)
+            located = together(partial(read_located, run)) or located_tensors(engine, objective, shares, reference)
+            together(partial(freeze_others, run, model, located, processes))
+        rows = None if settings.sure_percentile is None else RowMask(model, settings.sure_percentile)
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
         guard = StepGuard(config.guard)
@@ -181,7 +188,9 @@ def unlearn(
             sums = torch.tensor(
                 [0, 0, 0, stop.received is not None, *saver.flags()], dtype=torch.float64, device=device
             )
-            shares = _shares(config, processes)
+            if rows is not None:
+                rows.masks = {}  # of the step before
+                rows.choose(term_gradients(engine, objective, plan, shares, reference, lambda terms: terms.forget))
             for index, mine in enumerate(shares):
                 terms = objective.loss(engine, plan, mine, device, reference)
                 watchdog.mark("backward", spent.steps + 1, slow=first)
@@ -263,23 +272,6 @@ def _check_batch(config: Config, processes: Processes) -> None:
         )
 
 
-def _lora(config: Config) -> LoRA | None:
-    """The adapters that are asked for."""
-    settings = config.unlearn
-    assert settings is not None
-    if settings.lora_rank is None:
-        return None
-    alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
-    return LoRA(settings.lora_rank, alpha, settings.seed)
-
-
-def _merged(
-    start: Callable[[str], torch.Tensor], lora: LoRA, adapted: set[str], reader: StateReader, name: str
-) -> torch.Tensor:
-    """A weight of the plain model, from the factors on disk."""
-    return merged(name, start, lambda factor: reader.whole(factor, MASTER), lora, adapted)
-
-
 def _shares(config: Config, processes: Processes) -> list[slice]:
     """The places of the global batch that this process reads, a forward pass each."""
     micro = config.train.micro_batch_size
@@ -329,6 +321,8 @@ def _opening_line(config: Config, objective: Objective, model: Transformer, spen
     assert settings is not None
     begin = f"continues at step {spent.steps}" if spent.steps else f"starts from {settings.model}"
     trained = "" if objective.layer is None else f", block {objective.layer} steered"
+    if settings.sure_percentile is not None:
+        trained += f", rows from percentile {settings.sure_percentile:g} on"
     trained += "" if settings.lora_rank is None else f", adapters of rank {settings.lora_rank}"
     return (
         f"{config.name} {begin}: {settings.method}, {len(sets.forget)} texts to forget, {len(sets.retain)} to retain"

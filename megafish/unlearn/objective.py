@@ -44,7 +44,7 @@ class StepPlan:
 
 
 class Terms(NamedTuple):
-    """This process's share of the means over the global batch. total has the gradient."""
+    """This process's share of the means over the global batch, each with its gradient."""
 
     total: torch.Tensor
     forget: torch.Tensor
@@ -145,7 +145,7 @@ class Objective:
             forget, retain = self._steered(model, micro)
         else:
             forget, retain = self._compared(model, micro)
-        return Terms(self.forget_weight * forget + self.retain_weight * retain, forget.detach(), retain.detach())
+        return Terms(self.forget_weight * forget + self.retain_weight * retain, forget, retain)
 
     def _compared(self, model: Callable[..., Any], micro: _Micro) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses that are made of predictions."""
@@ -185,7 +185,7 @@ class Objective:
     def _forget(self, micro: _Micro, nll: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
         """The method's own term. soft: cross-entropy with the teacher, [n]."""
         option, method = self.settings.option, self.method
-        if method in ("ga", "graddiff", "ga_kl"):
+        if method in ("ga", "graddiff", "ga_kl", "memflex"):
             return -micro.mean("forget", nll)
         if method == "llmu":
             # The sum over the answers of a question is divided by their number: micro.mean is over all their tokens.

@@ -107,6 +107,9 @@ def _check(config: Config) -> None:
             raise InputError(f"{section}: has no meaning for unlearning: leave it out")
     if config.loss.model_dump() != type(config.loss)().model_dump():
         raise InputError("loss: its terms have no part in unlearning: leave the section out")
+    if engine.zero_stage == 3 and (unlearn.sure_percentile is not None or unlearn.method == "memflex"):
+        what = "unlearn.sure_percentile" if unlearn.sure_percentile is not None else "method=memflex"
+        raise InputError(f"engine.zero_stage=3: {what} looks at whole gradients, which are cut there: take 2 or less")
     if unlearn.lora_rank is not None and config.optimizer.name == "muon":
         raise InputError("unlearn.lora_rank with optimizer.name=muon: Muon is for whole matrices: take adamw")
     if unlearn.layer is not None and unlearn.layer > config.model.num_layers:
