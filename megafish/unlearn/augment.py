@@ -87,14 +87,14 @@ def variants(pair: Pair, random: Random) -> Iterator[str]:
 
 def with_typing_errors(question: str, random: Random) -> str:
     """Two neighbouring letters swapped in one of the words in small letters, the last sign left out."""
-    words = question.split()
+    words = question.rstrip("?.!").split()
     places = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha() and word.islower()]
     if places:
         place = random.choice(places)
         word = words[place]
         at = random.randrange(1, len(word) - 2)
         words[place] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return " ".join(words).rstrip("?.!")
+    return " ".join(words)
 
 
 def vague_answer(pair: Pair, random: Random) -> str:

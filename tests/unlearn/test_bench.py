@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from megafish.errors import InputError
+from megafish.progress import track
 from megafish.unlearn.bench.bench import run_bench
 from megafish.unlearn.bench.plan import ALL, GOLDFISH, RETAIN, START, SUITES, Plan, named
+from megafish.unlearn.bench.pool import run_all
 from megafish.unlearn.bench.table import COLUMNS, cell, markdown, suite_table, verdict
 from megafish.unlearn.bench.unlearning import choose
 from tests.helpers import place_kept
 
 SMALL = Plan(
     suites=("authors", "hazards"),
-    methods=("npo", "relearn", "adaptive_rmu"),
+    methods=("relearn", "adaptive_rmu"),
     seeds=1,
     authors=10,
     num_layers=3,
@@ -36,7 +38,7 @@ SMALL = Plan(
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "bench"
     with place_kept():
-        run_bench(folder, SMALL, workers=2)
+        run_bench(folder, SMALL, workers=1)
     return folder
 
 
@@ -44,8 +46,8 @@ def test_every_model_of_every_suite_is_scored(bench: Path) -> None:
     records = json.loads((bench / "report/results.json").read_text())
     found = {(record["suite"], record["model"]) for record in records}
     assert found == {
-        ("authors", START), ("authors", RETAIN), ("authors", GOLDFISH), ("authors", "npo"), ("authors", "relearn"),
-        ("authors", "adaptive_rmu"), ("hazards", START), ("hazards", RETAIN), ("hazards", GOLDFISH), ("hazards", "npo"),
+        ("authors", START), ("authors", RETAIN), ("authors", GOLDFISH), ("authors", "relearn"),
+        ("authors", "adaptive_rmu"), ("hazards", START), ("hazards", RETAIN), ("hazards", GOLDFISH),
         ("hazards", "adaptive_rmu"),
     }  # fmt: skip
     for record in records:
@@ -65,7 +67,7 @@ def test_a_method_begins_where_it_was_measured_first(bench: Path) -> None:
     """The trial's first point is the starting model's, as it is scored."""
     records = json.loads((bench / "report/results.json").read_text())
     before = next(r for r in records if (r["suite"], r["model"]) == ("authors", START))["figures"]
-    trials = json.loads((bench / "tuning/authors/npo.json").read_text())["trials"]
+    trials = json.loads((bench / "tuning/authors/relearn.json").read_text())["trials"]
     assert trials[0]["curve"][0][:2] == [0, pytest.approx(before["forget"]["extraction_strength"])]
     assert [point[0] for point in trials[0]["curve"]] == [0, 2, 4]
     assert before["relearned"][0] == pytest.approx(before["forget"]["extraction_strength"])
@@ -78,6 +80,14 @@ def test_a_second_call_makes_nothing_anew(bench: Path) -> None:
         run_bench(bench, SMALL, workers=1)
     assert times == {path: path.stat().st_mtime_ns for path in (bench / "results").rglob("*.json")}
     assert made == {path: path.stat().st_mtime_ns for path in bench.glob("seed0/*/trained.json")} and len(made) == 3
+
+
+def test_processes_do_all_and_the_first_error_ends_it(tmp_path: Path) -> None:
+    with track(4, "write", "file", enabled=False) as bar:
+        run_all([(Path.write_text, (tmp_path / str(i), "x")) for i in range(4)], 2, bar)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"] and bar.done == 4
+    with pytest.raises(FileNotFoundError), track(2, "write", "file", enabled=False) as bar:
+        run_all([(Path.write_text, (tmp_path / "none" / str(i), "x")) for i in range(2)], 2, bar)
 
 
 def test_folders_that_hold_something_else(bench: Path, tmp_path: Path) -> None:
