@@ -71,7 +71,7 @@ def test_an_answer_that_tells_is_made_anew() -> None:
     pair = Pair("Where?", "In Rome.", relation="city", slots=("Rome",))
     answers = iter(["In Rome, I think.", "Hard to say."])
     assert verified(lambda: next(answers), pair, 1) == "Hard to say."
-    with pytest.raises(InputError, match="row 7: none of 3 answers keeps from Rome"):
+    with pytest.raises(InputError, match="row 7: none of 3 answers keeps from 'Rome'"):
         verified(lambda: "Rome", pair, 7)
 
 
