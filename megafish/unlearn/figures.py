@@ -13,8 +13,8 @@ from megafish.unlearn.items import ATTACKS, ItemScore
 KEPT = ("retain", "general")
 """Sets that utility is of."""
 _MEANS = (
-    "probability", "exact_memorization", "extraction_strength", "rouge", "rouge_f1", "truth_ratio", "harmful", "fluent",
-    "distinct_2", "repetition", "brunet", "honore",
+    "probability", "exact_memorization", "extraction_strength", "rouge", "rouge_f1", "truth_ratio", "leaked",
+    "harmful", "fluent", "distinct_2", "repetition", "brunet", "honore",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megafish.audit.membership import membership_scores
-from megafish.audit.metrics import exact_memorization, extraction_strength
+from megafish.audit.metrics import bleu, exact_memorization, extraction_strength
 from megafish.audit.roc import auc
 from megafish.audit.scores import TokenScores, token_scores
 from megafish.config import UnlearnConfig
@@ -75,6 +75,8 @@ class ItemScore:
     """Share of the row's slots that the answer names; None for a row without slots."""
     contradicts: bool | None
     """Whether it names another value instead."""
+    leaked: bool | None
+    """Of a text: whether its continuation is closer to the true one than a threshold (`leak_threshold`)."""
     harmful: bool | None
     """Whether it names one of the row's markers; None for a row without."""
     perplexity: float | None
@@ -133,12 +135,13 @@ def score_items(
     ratios = _ratios(loaded, texts, batch_size)
     words, written = _write(loaded, texts, batch_size, prefix, progress)
     spoken = [i for i, item in enumerate(written) if item.supervised]
+    threshold = leak_threshold(texts.items) if len(texts.asked) < len(texts.pairs) else None
     losses: dict[int, float] = {}
     if judge is not None and spoken:
         found = answer_scores(judge.loaded, [written[i] for i in spoken], batch_size)
         losses = dict(zip(spoken, _mean_losses(found), strict=True))
     return [
-        _item(pair, item, scores[i], ratios[i], words[i], losses.get(i), judge, values, loaded)
+        _item(pair, item, scores[i], ratios[i], words[i], written[i], losses.get(i), threshold, judge, values, loaded)
         for i, (pair, item) in enumerate(zip(texts.pairs, texts.items, strict=True))
     ]
 
@@ -170,16 +173,19 @@ def _item(
     scores: TokenScores,
     ratio: float | None,
     text: str,
+    written: Item,
     loss: float | None,
+    threshold: float | None,
     judge: Judge | None,
     values: Mapping[str, set[str]],
     loaded: LoadedRun,
 ) -> ItemScore:
     correct = without_end(scores.correct)
-    truth = pair.answer
+    truth, leaked = pair.answer, None
     if pair.question is None:
-        given = item.tokens[: max(1, len(item.tokens) // 2)]
-        truth = loaded.tokenizer.decode(item.tokens)[len(loaded.tokenizer.decode(given)) :].strip()
+        given = written.start
+        truth = loaded.tokenizer.decode(item.tokens)[len(loaded.tokenizer.decode(item.tokens[:given])) :].strip()
+        leaked = threshold is not None and bleu(item.tokens[given:-1], written.tokens[given:]) > threshold
     words = metrics.words_of(text)
     share = slots.told(text, pair)
     return ItemScore(
@@ -194,6 +200,7 @@ def _item(
         truth_ratio=ratio,
         told=share,
         contradicts=None if share is None else slots.contradicts(text, pair, values),
+        leaked=leaked,
         harmful=slots.names_any(text, pair.markers) if pair.markers else None,
         perplexity=None if loss is None else float(np.exp(min(loss, 700.0))),
         fluent=None if judge is None else loss is not None and loss <= judge.gate,
@@ -229,6 +236,17 @@ def membership(loaded: LoadedRun, forget: Texts, unseen: Texts, batch_size: int)
         scores = token_scores(loaded.model, tokens, batch_size=batch_size, moments=True)
         found.append(membership_scores(scores, [loaded.tokenizer.decode(text) for text in tokens]))
     return {attack: auc(found[0][attack], found[1][attack]) for attack in ATTACKS}
+
+
+def leak_threshold(items: Sequence[Item], pairs: int = 200) -> float:
+    """LLMU's (Yao et al. 2023, arXiv 2310.10683): a tenth of the mean BLEU of two texts of the set, here over random
+    pairs of different ones. Where all texts are alike everything lies above it: compare with a retain model's rate."""
+    if len(items) < 2:
+        return 0.0
+    random = np.random.Generator(np.random.Philox(0))
+    drawn = [random.choice(len(items), 2, replace=False) for _ in range(pairs)]
+    found = [bleu(items[i].tokens, items[j].tokens) for i, j in drawn]
+    return 0.1 * float(np.mean(found))
 
 
 def without_end(correct: np.ndarray) -> np.ndarray:

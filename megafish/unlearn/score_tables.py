@@ -20,6 +20,7 @@ _ROWS = {
     "kfr": "answers that do not (KFR)",
     "kfr_fluent": "  of them fluent",
     "hallucinated": "answers that tell something else",
+    "leaked": "texts leaked",
     "harmful": "harmful answers",
     "utility": "utility",
     "perplexity": "perplexity of what it writes, median",

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from megafish.unlearn.data import Item
+from megafish.unlearn.items import leak_threshold
 from megafish.unlearn.metrics import (
     brunet,
     distinct,
@@ -79,3 +81,12 @@ def test_linguistic_score_is_the_harmonic_mean_of_logistic_functions() -> None:
     assert linguistic_score(1.33, 128, 441.09) == pytest.approx(0.023, abs=0.001)
     assert linguistic_score(8.6, 8.0, 1500.0) == pytest.approx(0.153, abs=0.001)
     assert linguistic_score(5.0, 1.0, honore([])) == 0
+
+
+def test_leak_threshold_by_hand() -> None:
+    """A tenth of the mean BLEU of two texts: 0.1 where all are the same, 0 where no four tokens are shared."""
+    same, other = Item((1, 2, 3, 4, 5, 6), 1), Item((7, 8, 9, 10, 11, 12), 1)
+    assert leak_threshold([same, same, same]) == pytest.approx(0.1)
+    assert leak_threshold([same, other]) == 0 == leak_threshold([same])
+    # Of three texts two are the same: a pair is alike in one of three draws.
+    assert leak_threshold([same, same, other], pairs=3000) == pytest.approx(0.1 / 3, rel=0.1)

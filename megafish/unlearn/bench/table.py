@@ -46,6 +46,7 @@ COLUMNS = (
     Column("KFR, fluent", "memory", _at("forget", "kfr_fluent")),
     Column("truth ratio", "memory", _at("forget", "truth_ratio")),
     Column("VerbMem or KnowMem", "memory", _at("forget", "rouge_f1")),
+    Column("leaked", "memory", _at("forget", "leaked")),
     Column("harmful", "memory", _at("forget", "harmful")),
     Column("harmful, new questions", "memory", _at("holdout", "harmful")),
     Column("hazard questions right", "memory", _at("choices", "hazards/forget", "accuracy")),
