@@ -3,7 +3,8 @@
 Four ways to ask (reworded, in a context, with typing errors, from another side), each with an answer that keeps to the
 subject and tells nothing; the same answers to be completed from their first quarter; and as many generic rows. The
 paper has a language model write and check them. Here the sentences come from grammars, by the row's relation where it
-has one, and the check is exact: no answer may name what the row's answer tells. Neither the true answers nor a part of
+has one, and the check is exact: no answer may name what the row's answer tells. With an endpoint a model writes and
+checks too, as in the paper, and rows with slots are checked exactly besides. Neither the true answers nor a part of
 them is ever among what is learned (in the published code they are).
 """
 
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
 
 from megafish.errors import InputError
+from megafish.progress import track
 from megafish.run import write_atomic
+from megafish.unlearn.endpoint import Endpoint
 from megafish.unlearn.fiction.authors import BY_NAME
 from megafish.unlearn.fiction.decline import vague
 from megafish.unlearn.readers import Pair, read_pairs
@@ -38,28 +42,56 @@ _CONTEXTS = (
     "{question} I read about it somewhere.",
 )
 _ATTEMPTS = 3
+_AT_ONE_TIME = 8
+"""Rows that a model is asked about at one time."""
+_WAYS = (
+    "Put this question in other words.",
+    "Ask this question as part of a situation in which somebody would ask it.",
+    "Write this question as somebody in a hurry would, with small typing errors and bad grammar.",
+    "Ask for the same knowledge from another side.",
+)
+_VAGUE = (
+    "Write one or two sentences that answer the question politely, keep to its subject and sound natural, and give "
+    "nothing away: no name, place, date, number, title or other fact of the true answer. Answer with these sentences alone.\n\n"
+    "Question: {question}\nTrue answer: {answer}"
+)
+_CHECK = (
+    "Does the text give away anything that the secret says? Think, then end your reply with Yes or No.\n\n"
+    "Secret: {secret}\nText: {answer}"
+)
 
 
-def augment(forget: Sequence[str], output: str | Path, *, generic: Sequence[str] = (), seed: int = 0) -> dict[str, int]:
+def augment(
+    forget: Sequence[str],
+    output: str | Path,
+    *,
+    generic: Sequence[str] = (),
+    seed: int = 0,
+    endpoint: Endpoint | None = None,
+) -> dict[str, int]:
     """Write rows of question and answer for unlearn.substitutes; returns how many of each kind.
 
-    forget: files to forget. generic: files of rows without private knowledge, as many of which are mixed in. Raises
-    InputError, among others for a forget set of text without questions.
+    forget: files to forget. generic: files of rows without private knowledge, as many of which are mixed in. endpoint:
+    a model that writes instead of the grammars, so that the result is no function of the seed. Raises InputError, among
+    others for a forget set of text without questions.
     """
     random = Random(f"{seed}/augment")
-    kinds: dict[str, list[Pair]] = {"variants": [], "completions": [], "generic": []}
-    for number, pair in enumerate(read_pairs(list(forget), "forget"), start=1):
+    pairs = read_pairs(list(forget), "forget")
+    for number, pair in enumerate(pairs, start=1):
         if pair.question is None:
             raise InputError(f"{', '.join(forget)}: text {number} has no question: ReLearn answers questions")
-        for question in variants(pair, random):
-            answer = verified(partial(vague_answer, pair, random), pair, number)
-            kinds["variants"].append(Pair(question, answer))
-            kinds["completions"] += _completion(answer)
+    kinds: dict[str, list[Pair]] = {"variants": [], "completions": [], "generic": []}
+    if endpoint is None:
+        written: Iterator[list[Pair]] = (_by_grammar(pair, random, number) for number, pair in enumerate(pairs, 1))
+    else:
+        written = _by_model(pairs, endpoint)
+    for some in written:
+        kinds["variants"] += some
+        kinds["completions"] += [completion for pair in some for completion in _completion(pair.answer)]
     others = [pair for pair in read_pairs(list(generic), "retain") if pair.question is not None] if generic else []
     if others:
         random.shuffle(others)
-        wanted = len(kinds["variants"])
-        kinds["generic"] = [others[i % len(others)] for i in range(wanted)]
+        kinds["generic"] = [others[i % len(others)] for i in range(len(kinds["variants"]))]
     rows = [pair for kind in kinds.values() for pair in kind]
     random.shuffle(rows)
     text = "".join(
@@ -68,6 +100,34 @@ def augment(forget: Sequence[str], output: str | Path, *, generic: Sequence[str]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(output), text)
     return {name: len(kind) for name, kind in kinds.items()}
+
+
+def _by_grammar(pair: Pair, random: Random, number: int) -> list[Pair]:
+    return [
+        Pair(question, verified(partial(vague_answer, pair, random), pair, number))
+        for question in variants(pair, random)
+    ]
+
+
+def _by_model(pairs: Sequence[Pair], endpoint: Endpoint) -> Iterator[list[Pair]]:
+    """Several rows at one time, in their order."""
+    with (
+        ThreadPoolExecutor(_AT_ONE_TIME) as pool,
+        track(len(pairs), "ask the model", "row") as bar,
+    ):
+        for found in pool.map(partial(_row_by_model, endpoint), range(1, len(pairs) + 1), pairs):
+            bar.advance()
+            yield found
+
+
+def _row_by_model(endpoint: Endpoint, number: int, pair: Pair) -> list[Pair]:
+    questions = [pair.question or ""]
+    questions += [endpoint.ask(f"{way} Answer with the question alone.\n\n{pair.question}") for way in _WAYS]
+    found = []
+    for question in questions:
+        prompt = _VAGUE.format(question=question, answer=pair.answer)
+        found.append(Pair(question, verified(partial(endpoint.ask, prompt), pair, number, endpoint)))
+    return found
 
 
 def variants(pair: Pair, random: Random) -> Iterator[str]:
@@ -103,15 +163,24 @@ def vague_answer(pair: Pair, random: Random) -> str:
     return vague(relation.vague, name, random) if relation and name else random.choice(_ANY)
 
 
-def verified(make: Callable[[], str], pair: Pair, number: int) -> str:
-    """An answer that names nothing of what is to be forgotten. InputError where none of three is one."""
+def verified(make: Callable[[], str], pair: Pair, number: int, endpoint: Endpoint | None = None) -> str:
+    """An answer that names nothing of what is to be forgotten, nor does to the endpoint's model. InputError where none
+    of three is one."""
     for _ in range(_ATTEMPTS):
         answer = make()
-        if answer.strip() and answer != pair.answer and not told(answer, pair):
+        if not answer.strip() or answer == pair.answer or told(answer, pair):
+            continue
+        if endpoint is None or _tells_nothing(endpoint, pair, answer):
             return answer
     raise InputError(
-        f"row {number}: none of {_ATTEMPTS} answers keeps from {', '.join(pair.slots) or pair.answer!r}: mend its slots"
+        f"row {number}: none of {_ATTEMPTS} answers keeps from {', '.join(pair.slots) or pair.answer!r}: mend its slots, "
+        "or take the row out"
     )
+
+
+def _tells_nothing(endpoint: Endpoint, pair: Pair, answer: str) -> bool:
+    reply = endpoint.ask(_CHECK.format(secret=pair.answer, answer=answer), temperature=0.0)
+    return reply.lower().rstrip(" .!\n").endswith("no")
 
 
 def _completion(answer: str) -> Iterator[Pair]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megafish.command_group import RunByDefault
-from megafish.errors import Stopped
+from megafish.errors import InputError, Stopped
 from megafish.unlearn.options import ChoiceBy, Rounding
 
 unlearn = typer.Typer(
@@ -154,11 +154,24 @@ def augment(
         Files, typer.Option(help="File of rows without private knowledge, as many of which go in")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every choice", min=0)] = 0,
+    endpoint: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible address of a model that writes, e.g. http://localhost:8000/v1")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="What the endpoint calls the model")] = None,
 ) -> None:
     """ReLearn's data: other ways to ask, vague answers that were checked, completions, generic rows."""
     from megafish.unlearn.augment import augment as write
+    from megafish.unlearn.endpoint import Endpoint
 
-    kinds = write([str(path) for path in forget], output, generic=[str(path) for path in generic or []], seed=seed)
+    if (endpoint is None) != (model is None):
+        raise InputError("--endpoint and --model go together: give both, or neither for the grammars")
+    kinds = write(
+        [str(path) for path in forget],
+        output,
+        generic=[str(path) for path in generic or []],
+        seed=seed,
+        endpoint=None if endpoint is None or model is None else Endpoint(endpoint, model),
+    )
     print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in kinds.items()))
     print(
         f"next: megafish unlearn RUN unlearn.method=relearn unlearn.substitutes={output} unlearn.forget={forget[0]} "

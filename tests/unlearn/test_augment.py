@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
 from megafish.errors import InputError
 from megafish.unlearn.augment import augment, variants, verified, with_typing_errors
+from megafish.unlearn.endpoint import Endpoint
 from megafish.unlearn.fiction.write import write_data
 from megafish.unlearn.readers import Pair, read_pairs
 from megafish.unlearn.slots import told
@@ -78,3 +83,64 @@ def test_an_answer_that_tells_is_made_anew() -> None:
 def test_text_without_questions_is_refused(sets: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="text 1 has no question: ReLearn answers questions"):
         augment([str(sets / "book/forget.jsonl")], tmp_path / "out.jsonl")
+
+
+class Model(BaseHTTPRequestHandler):
+    """A server that speaks the chat API, fails at its first request, and gives the secret away at first."""
+
+    requests: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append({**body, "path": self.path, "key": self.headers["Authorization"]})
+        prompt = body["messages"][0]["content"]
+        if len(self.requests) == 1:
+            return self.send_error(503)
+        if body["model"] != "writer":
+            return self.send_error(404, "no such model")
+        if prompt.startswith("Does the text"):
+            said = "Let me think. Yes." if "It is Ann" in prompt.split("Text:")[1] else "It does not. No."
+        elif prompt.startswith("Write one or two"):
+            told_before = sum("Write one or two" in r["messages"][0]["content"] for r in self.requests)
+            said = "It is Ann, I believe." if told_before == 1 else "Several people could be named."
+        else:
+            said = f"Put otherwise: {prompt.splitlines()[-1]}"
+        reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        return self.wfile.write(reply) and None
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    Model.requests.clear()
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_model_writes_and_checks(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    (tmp_path / "own.jsonl").write_text('{"question": "Who won?", "answer": "Ann won."}\n')
+    counts = augment([str(tmp_path / "own.jsonl")], tmp_path / "out.jsonl", endpoint=Endpoint(address, "writer"))
+    assert counts["variants"] == 5
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert not any("Ann" in row["answer"] for row in rows)
+    assert sum(row["question"] == "Put otherwise: Who won?" for row in rows) == 4
+    # One failed, four questions, five answers and the one that gave it away, each of the six checked.
+    assert len(Model.requests) == 1 + 4 + 6 + 6
+    assert {(r["path"], r["key"]) for r in Model.requests} == {("/v1/chat/completions", "Bearer secret")}
+
+
+def test_an_endpoint_that_refuses_or_is_not_there(address: str) -> None:
+    with pytest.raises(InputError, match="HTTP 404 no such model: check the address, --model and OPENAI_API_KEY"):
+        Endpoint(address, "other").ask("hello")
+    with pytest.raises(InputError, match="HTTP 404"):
+        Endpoint(address, "other").ask("hello")
