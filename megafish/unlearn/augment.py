@@ -52,7 +52,8 @@ _WAYS = (
 )
 _VAGUE = (
     "Write one or two sentences that answer the question politely, keep to its subject and sound natural, and give "
-    "nothing away: no name, place, date, number, title or other fact of the true answer. Answer with these sentences alone.\n\n"
+    "nothing away: no name, place, date, number, title or other fact of the true answer. Answer with these sentences "
+    "alone.\n\n"
     "Question: {question}\nTrue answer: {answer}"
 )
 _CHECK = (
@@ -173,8 +174,8 @@ def verified(make: Callable[[], str], pair: Pair, number: int, endpoint: Endpoin
         if endpoint is None or _tells_nothing(endpoint, pair, answer):
             return answer
     raise InputError(
-        f"row {number}: none of {_ATTEMPTS} answers keeps from {', '.join(pair.slots) or pair.answer!r}: mend its slots, "
-        "or take the row out"
+        f"row {number}: none of {_ATTEMPTS} answers keeps from {', '.join(pair.slots) or pair.answer!r}: mend its "
+        "slots, or take the row out"
     )
 
 
