@@ -73,14 +73,24 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
     tofu.write_text("".join(json.dumps(row) + "\n" for row in rows))
     unseen.write_text("".join(json.dumps({"question": f"Where was Eva {i} born?", "answer": f"In Rome in {i}."}) + "\n"
                               for i in range(1900, 1906)))  # fmt: skip
-    start = learned / "start"
-    folder = score_run(
-        forgot, ScoreOptions(forget=[str(tofu)], holdout=[str(unseen)], retain_model=start, prefixes=["In"])
+    start, choices = learned / "start", tmp_path / "choices.jsonl"
+    wmdp = [{"question": row["question"], "choices": [row["perturbed_answer"][0], row["answer"]], "answer": 1}
+            for row in rows]  # fmt: skip
+    choices.write_text("".join(json.dumps(row) + "\n" for row in wmdp))
+    options = ScoreOptions(
+        forget=[str(tofu)],
+        general=[str(tofu)],
+        holdout=[str(unseen)],
+        choices=[str(choices)],
+        retain_model=start,
+        prefixes=["In"],
     )
+    folder = score_run(forgot, options)
     summary, items = read(folder)
     models = summary["models"]
     # "Retained" here is the starting model: it prefers the truth, and tells what it has read from what it has not.
-    assert models["retain model"]["forget"]["truth_ratio"] < 0.2 < models["model"]["forget"]["truth_ratio"]
+    known, forgotten = (models[title]["forget"]["truth_ratio"] for title in ("retain model", "model"))
+    assert known < 0.5 and forgotten > 1.5 * known
     assert models["retain model"]["membership"]["loss"] == 1
     ratios = {title: [item["truth_ratio"] for item in items if item["model"] == title and item["set"] == "forget"]
               for title in models}  # fmt: skip
@@ -88,6 +98,16 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
                  for x in [*ratios["model"], *ratios["retain model"]]]  # fmt: skip
     assert summary["forget_quality"]["statistic"] == pytest.approx(max(distances)) and max(distances) > 0.5
     assert summary["privacy_leak"]["loss"] > -100
+    right = {title: figures["choices"][str(choices)] for title, figures in models.items()}
+    assert right["retain model"] == 1 > right["model"] and summary["chance"] == {str(choices): 0.5}
+    # Utility is of the retain set and of what else is named.
+    own = [models["model"][name] for name in ("retain", "general")]
+    parts = [each[key] for each in own for key in ("probability", "rouge")]
+    truths = [
+        max(0, 1 - item["truth_ratio"]) for item in items if item["model"] == "model" and item["set"] == "general"
+    ]
+    parts.append(sum(truths) / len(truths))
+    assert models["model"]["utility"] == pytest.approx(len(parts) / sum(1 / part for part in parts))
     # A question in other words, and an answer that is begun already.
     assert models["retain model"]["ways"]["rephrased"]["kfr"] < 0.5 < models["model"]["ways"]["rephrased"]["kfr"]
     assert models["retain model"]["ways"]["In"]["kfr"] == 0 == models["retain model"]["forget"]["kfr"]
