@@ -16,6 +16,8 @@ START, RETAIN, GOLDFISH = "before", "retain model", "goldfish"
 GOLDFISH_K = 4
 GOLDFISH_MIN_CONTEXT = 4
 """Most documents here are hardly longer than the 13 tokens that the hash looks back on: masks begin after so many."""
+AT_THE_END = ("task_vector",)
+"""Methods whose model is made after the last step: what is measured on the way is no point of theirs."""
 STRENGTH_KEPT = 0.97
 """Share of the retain set's extraction strength that a point of a tuning run has to keep to be chosen."""
 WITHIN = 0.05
@@ -45,7 +47,7 @@ class Suite:
 
 ALL = (
     "ga", "graddiff", "ga_kl", "idk", "dpo", "npo", "simnpo", "llmu", "relearn", "undial", "wga", "satimp", "ceu",
-    "rmu", "adaptive_rmu",
+    "rmu", "adaptive_rmu", "task_vector", "memflex",
 )  # fmt: skip
 SUITES = {
     suite.name: suite
@@ -95,6 +97,7 @@ SUITES = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "undial": {"retain_loss": "ce"},
     "ceu": {"retain_loss": "ce"},
+    "memflex": {"magnitude": 0.0},  # by the cosine alone: the published size is of another model's gradients
 }
 # RMU trains three matrices alone.
 FASTER = {"rmu": 10, "adaptive_rmu": 10}
@@ -102,6 +105,7 @@ FASTER = {"rmu": 10, "adaptive_rmu": 10}
 TRIED: dict[str, list[dict[str, Any]]] = {
     "rmu": [{"retain_weight": weight, "steering": 20.0} for weight in (10.0, 100.0)],
     "adaptive_rmu": [{"retain_weight": weight, "steering": 5.0} for weight in (10.0, 100.0)],
+    "task_vector": [{"negation": factor} for factor in (1.0, 4.0)],
 }
 
 

@@ -18,7 +18,7 @@ from megafish.run import read_json, write_atomic
 from megafish.train.recovery import Diverged
 from megafish.unlearn.augment import augment
 from megafish.unlearn.bench.models import data_of, model_of
-from megafish.unlearn.bench.plan import OPTIONS, START, STRENGTH_KEPT, Plan, Suite
+from megafish.unlearn.bench.plan import AT_THE_END, OPTIONS, START, STRENGTH_KEPT, Plan, Suite
 from megafish.unlearn.items import extraction, read_texts
 from megafish.unlearn.loop import unlearn
 from megafish.unlearn.metrics import harmonic_mean
@@ -58,7 +58,7 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
             run, _start(folder, TUNED_ON), _settings(folder, plan, suite, method, TUNED_ON, settings),
             steps=plan.tuning_steps, every=plan.measured_every, seed=TUNED_ON,
         )  # fmt: skip
-        trials.append({"settings": settings, "curve": curve})
+        trials.append({"settings": settings, "curve": [curve[0], curve[-1]] if method in AT_THE_END else curve})
         shutil.rmtree(run)
     chosen = choose(trials, aim)
     record.parent.mkdir(parents=True, exist_ok=True)
