@@ -130,6 +130,10 @@ def formula(method: str, model: Transformer, start: Transformer, roles: list[Rol
         return -token_mean(loss, forget)
     if method == "graddiff":
         return -token_mean(loss, forget) + ce
+    if method == "memflex":
+        return -0.4 * token_mean(loss, forget) + 2 * ce
+    if method == "task_vector":
+        return token_mean(loss, forget)
     if method == "ga_kl":
         return -token_mean(loss, forget) + klr
     if method == "idk":
