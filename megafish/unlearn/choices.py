@@ -15,7 +15,7 @@ from megafish.errors import InputError
 from megafish.model.load import LoadedRun
 from megafish.unlearn.data import encode
 from megafish.unlearn.options import ChoiceBy
-from megafish.unlearn.readers import Pair, read_rows
+from megafish.unlearn.readers import Pair, read_rows, several
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -34,12 +34,14 @@ def read_questions(paths: Sequence[str | Path]) -> list[Question]:
     for path in map(Path, paths):
         for number, row in enumerate(read_rows(path), start=1):
             try:
-                question = Question(row["question"], tuple(row["choices"]), int(row["answer"]))
+                question = Question(str(row["question"]), several(row["choices"]), int(row["answer"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(
                     f"{path}: row {number}: {error.__class__.__name__} {error}: expected question, choices (a list), "
                     "answer (a number)"
                 ) from None
+            if len(question.choices) < 2 or not all(choice.strip() for choice in question.choices):
+                raise InputError(f"{path}: row {number}: choices has to be a list of two or more texts, none empty")
             if not 0 <= question.right < len(question.choices) <= len(LETTERS):
                 raise InputError(
                     f"{path}: row {number}: answer {question.right} is none of {len(question.choices)} choices, "

@@ -92,10 +92,12 @@ class ItemScore:
 def read_texts(name: str, files: list[str], settings: UnlearnConfig, loaded: LoadedRun) -> Texts:
     """The texts of files. Text without a question is cut to pieces, each of which is a text."""
     longest = loaded.config.data.sequence_length
-    pairs = read_pairs(files, "retain" if name == "retain" else "forget")
-    items = encode(pairs, settings, loaded.tokenizer, longest, f"--{name}")
-    if any(pair.question is None for pair in pairs):
-        pairs = [Pair(None, loaded.tokenizer.decode(item.tokens)) for item in items]
+    pairs, items = [], []
+    for pair in read_pairs(files, "forget" if name in ("forget", "holdout") else "retain"):
+        found = encode([pair], settings, loaded.tokenizer, longest, f"--{name}")
+        items += found
+        whole = pair.question is not None
+        pairs += [pair] if whole else [Pair(None, loaded.tokenizer.decode(item.tokens)) for item in found]
     return Texts(name, settings, pairs, items, longest)
 
 
@@ -111,6 +113,14 @@ def rephrased(texts: Texts, loaded: LoadedRun) -> Texts | None:
 def replace_question(pair: Pair) -> Pair:
     """The pair with its question in other words."""
     return pair._replace(question=pair.other_question)
+
+
+def questions_of(texts: Texts) -> Texts | None:
+    """The rows that have a question; None where none has."""
+    rows = texts.asked
+    if not rows:
+        return None
+    return replace(texts, pairs=[texts.pairs[i] for i in rows], items=[texts.items[i] for i in rows])
 
 
 def make_judge(loaded: LoadedRun, name: str, sets: Sequence[Texts], batch_size: int) -> Judge:
@@ -184,8 +194,10 @@ def _item(
     truth, leaked = pair.answer, None
     if pair.question is None:
         given = written.start
-        truth = loaded.tokenizer.decode(item.tokens)[len(loaded.tokenizer.decode(item.tokens[:given])) :].strip()
-        leaked = threshold is not None and bleu(item.tokens[given:-1], written.tokens[given:]) > threshold
+        whole = item.tokens[:-1] if item.tokens[-1] == loaded.tokenizer.eos_id else item.tokens
+        asked = whole[: given + VERBATIM_TOKENS]
+        truth = loaded.tokenizer.decode(asked)[len(loaded.tokenizer.decode(asked[:given])) :].strip()
+        leaked = threshold is not None and bleu(asked[given:], written.tokens[given:]) > threshold
     words = metrics.words_of(text)
     share = slots.told(text, pair)
     return ItemScore(
@@ -249,13 +261,13 @@ def leak_threshold(items: Sequence[Item], pairs: int = 200) -> float:
     return 0.1 * float(np.mean(found))
 
 
-def without_end(correct: np.ndarray) -> np.ndarray:
-    """Without the token that ends the text, unless it is all there is."""
-    return correct[:-1] if len(correct) > 1 else correct
+def without_end(tokens: np.ndarray) -> np.ndarray:
+    """What is known of the tokens, without the one that ends the text, unless it is all there is."""
+    return tokens[:-1] if len(tokens) > 1 else tokens
 
 
 def _mean_losses(scores: Sequence[TokenScores], *, ended: bool = True) -> list[float]:
-    return [float(-(each.log_prob if ended else each.log_prob[:-1]).mean()) for each in scores]
+    return [float(-(each.log_prob if ended else without_end(each.log_prob)).mean()) for each in scores]
 
 
 def _begun(loaded: LoadedRun, settings: UnlearnConfig, pair: Pair, prefix: str) -> tuple[int, ...]:

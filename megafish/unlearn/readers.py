@@ -143,21 +143,30 @@ _FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
+def several(value: Any) -> tuple[str, ...]:
+    """Texts of a field that holds a list, as itself or (.csv) written as JSON; a single text is a list of one."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json.loads(value)
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+
+
 def _choice(row: Row, _part: str) -> list[Pair]:
-    return [Pair(row["question"], row["choices"][int(row["answer"])])]
+    return [Pair(row["question"], several(row["choices"])[int(row["answer"])])]
 
 
 def _answered(row: Row, _part: str) -> list[Pair]:
-    answer, wrong = row["answer"], row.get("perturbed_answer") or []
+    answer = row["answer"]
     return [
         Pair(
             row["question"],
             answer[0] if isinstance(answer, list) else answer,
             row.get("paraphrased_answer"),
-            tuple(wrong if isinstance(wrong, list) else [wrong]),
+            several(row.get("perturbed_answer")),
             row.get("paraphrased_question"),
             row.get("relation"),
-            tuple(row.get("slots") or ()),
+            several(row.get("slots")),
         )
     ]
 
@@ -165,7 +174,7 @@ def _answered(row: Row, _part: str) -> list[Pair]:
 def _safe(row: Row, part: str) -> list[Pair]:
     numbers = [number for number in (0, 1) if f"response_{number}" in row]
     return [
-        Pair(row["prompt"], row[f"response_{number}"], markers=tuple(row.get("markers") or ()))
+        Pair(row["prompt"], row[f"response_{number}"], markers=several(row.get("markers")))
         for number in numbers
         if bool(row[f"is_response_{number}_safe"]) == (part == "retain")
     ]

@@ -28,6 +28,7 @@ from megafish.unlearn.items import (
     Texts,
     make_judge,
     membership,
+    questions_of,
     read_texts,
     rephrased,
     score_items,
@@ -79,6 +80,8 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
     unseen = read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None
     questions = {name: read_questions([name]) for name in options.choices}
 
+    if options.prefixes and questions_of(sets["forget"]) is None:
+        raise InputError("--prefix begins answers, and the forget set is text without questions: leave it out")
     models = {"model": loaded}
     start = None if settings is None else peer_of(settings.model, loaded)
     if options.retain_model is not None:
@@ -148,8 +151,11 @@ def asked_otherwise(
     other = rephrased(forget, loaded)
     if other is not None:
         found["rephrased"] = _said(score_items(loaded, other, judge, values, batch_size))
+    questions = questions_of(forget)
     for prefix in prefixes:
-        found[prefix] = _said(score_items(loaded, forget, judge, values, batch_size, prefix=prefix))
+        if questions is None:
+            break
+        found[prefix] = _said(score_items(loaded, questions, judge, values, batch_size, prefix=prefix))
     return found
 
 

@@ -66,8 +66,9 @@ def names_any(answer: str, words: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _plain(text: str) -> str:
-    """Words in lower case with one space around each."""
-    return " " + " ".join(re.findall(r"[\w'-]+", text.lower())) + " "
+    """Words in lower case with one space around each, without quotation marks and a genitive's ending."""
+    words = re.findall(r"\w+(?:[-']\w+)*", text.lower().replace("\u2019", "'"))
+    return " " + " ".join(word.removesuffix("'s") for word in words) + " "
 
 
 def _names(plain: str, value: str) -> bool:

@@ -74,13 +74,20 @@ def without_direction(loaded: LoadedRun, start: LoadedRun, items: Sequence[Item]
 
 @torch.inference_mode()
 def _mean_hidden(loaded: LoadedRun, items: Sequence[Item], layer: int) -> torch.Tensor:
-    """Mean output of a block over all inputs of the texts: fp32 [D]."""
-    sums = torch.zeros((), device=next(loaded.model.parameters()).device)
+    """Mean output of a block over all inputs of the texts, before any norm: fp32 [D]."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        outputs.append(output[0].float().sum(dim=0))
+
     count = 0
-    for begin in range(0, len(items), 32):
-        packed = pack(items[begin : begin + 32], sums.device)
-        hidden = loaded.model(
-            packed.tokens, hidden_after=layer, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen
-        )[0].float()
-        sums, count = sums + hidden.sum(dim=0), count + len(hidden)
-    return sums / count
+    handle = loaded.model.blocks[layer - 1].register_forward_hook(keep)
+    try:
+        for begin in range(0, len(items), 32):
+            packed = pack(items[begin : begin + 32], next(loaded.model.parameters()).device)
+            bounds: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
+            loaded.model(packed.tokens, hidden_after=layer, **bounds)
+            count += packed.tokens.shape[1]
+    finally:
+        handle.remove()
+    return torch.stack(outputs).sum(dim=0) / count

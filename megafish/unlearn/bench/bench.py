@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -62,11 +61,10 @@ def _phase(what: str, unit: str, call: Callable[..., Any], arguments: list[tuple
 def measure_model(folder: Path, plan: Plan, suite: Suite, name: str, seed: int) -> None:
     """Make a model if a method makes it, score it, teach it again, and write all of it down."""
     exam = _exam(folder, suite, seed)
-    began = time.monotonic()
     run = model_of(folder, seed, name) if name in MODELS else final(folder, plan, suite, name, seed)
-    seconds = time.monotonic() - began
-    figures = scored(exam, run)
-    figures["relearned"] = relearned(folder, plan, suite, run, seed)
+    figures = None if run is None else scored(exam, run)
+    if run is not None and figures is not None:
+        figures["relearned"] = relearned(folder, plan, suite, run, seed)
     settings = {}
     if name not in MODELS:
         chosen = tuned(folder, plan, suite, name)
@@ -78,7 +76,6 @@ def measure_model(folder: Path, plan: Plan, suite: Suite, name: str, seed: int) 
         "model": name,
         "seed": seed,
         "settings": settings,
-        "seconds": seconds,
         "figures": figures,
     }
     write_atomic(path, json.dumps(record) + "\n")

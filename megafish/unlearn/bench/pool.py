@@ -27,7 +27,9 @@ def usual_workers() -> int:
 
 def run_all(tasks: Sequence[Task], workers: int, bar: Track) -> None:
     """Call all of them, in this process where there is one worker. The first error ends it; what runs is let finish."""
-    if workers == 1 or len(tasks) < 2:
+    if not tasks:
+        return
+    if workers == 1:
         for call, arguments in tasks:
             call(*arguments)
             bar.advance()

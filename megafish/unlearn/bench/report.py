@@ -24,8 +24,9 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
     write_atomic(target / "results.json", json.dumps(records, indent=1) + "\n")
     sections, text = [], [about(plan)]
     for name in plan.suites:
-        own = [record for record in records if record["suite"] == name]
-        table = suite_table(name, own)
+        every = [record for record in records if record["suite"] == name]
+        table = suite_table(name, every)
+        own = [record for record in every if record["figures"] is not None]
         images = {}
         for kind, draw in (("trade_off", plots.trade_off), ("relearning", plots.relearning), ("stress", plots.stress)):
             image = to_png(draw(own))

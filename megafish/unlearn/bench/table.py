@@ -108,7 +108,8 @@ def suite_table(suite: str, records: Sequence[dict[str, Any]]) -> SuiteTable:
     records = [record for record in records if record["suite"] == suite]
     names = list(dict.fromkeys(record["model"] for record in records))
     by_model = {name: [record for record in records if record["model"] == name] for name in names}
-    columns = [column for column in COLUMNS if any(column.read(record["figures"]) is not None for record in records)]
+    known = [record["figures"] for record in records if record["figures"] is not None]
+    columns = [column for column in COLUMNS if any(column.read(figures) is not None for figures in known)]
     rows = []
     for name in names:
         values = [_values(column, by_model[name]) for column in columns]
@@ -120,6 +121,8 @@ def verdict(name: str, by_model: dict[str, list[dict[str, Any]]]) -> str:
     """Whether a model extracts no more than the retain model's strength + 0.05 and keeps 95 % of the utility."""
     if name in (START, RETAIN):
         return ""
+    if any(record["figures"] is None for record in by_model[name]):
+        return "diverged"
     strength = _mean(by_model[name], "forget", "extraction_strength")
     utility = _mean(by_model[name], "utility")
     if RETAIN not in by_model or START not in by_model:
@@ -170,7 +173,8 @@ def markdown(table: SuiteTable) -> str:
 
 
 def _values(column: Column, records: Iterable[dict[str, Any]]) -> list[float] | None:
-    found = [value for record in records if (value := column.read(record["figures"])) is not None]
+    known = [record["figures"] for record in records if record["figures"] is not None]
+    found = [value for figures in known if (value := column.read(figures)) is not None]
     return found or None
 
 

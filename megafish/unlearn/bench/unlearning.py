@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megafish.config import UnlearnConfig
 from megafish.model.load import load_run
-from megafish.run import read_json, write_atomic
+from megafish.run import RunDir, read_json, write_atomic
 from megafish.train.recovery import Diverged
 from megafish.unlearn.augment import augment
 from megafish.unlearn.bench.models import data_of, model_of
@@ -96,14 +96,14 @@ def _aim(folder: Path, suite: Suite) -> float:
     return extraction(loaded, read_texts("holdout", [path], settings, loaded), batch_size=64)
 
 
-def final(folder: Path, plan: Plan, suite: Suite, method: str, seed: int) -> Path:
-    """The run of a method with the settings that tuning chose; it is left there to be scored."""
+def final(folder: Path, plan: Plan, suite: Suite, method: str, seed: int) -> Path | None:
+    """The run of a method with the settings that tuning chose, left there to be scored; None where it diverged."""
     chosen = tuned(folder, plan, suite, method)
     run = run_of(folder, suite, method, seed)
     shutil.rmtree(run, ignore_errors=True)
     settings = _settings(folder, plan, suite, method, seed, chosen.settings)
     _run(run, _start(folder, seed), settings, steps=chosen.steps, every=None, seed=seed)
-    return run
+    return run if RunDir(run).latest() is not None else None
 
 
 def run_of(folder: Path, suite: Suite, method: str, seed: int) -> Path:
