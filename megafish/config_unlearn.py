@@ -56,6 +56,8 @@ WEIGHTS: dict[str, tuple[float, RetainLoss, float]] = {
     "memflex": (0.4, "ce", 2.0),
 }
 RMU = ("rmu", "adaptive_rmu")
+KEEPING = (*RMU, "memflex")
+"""Methods that leave some weights as they are, bit for bit."""
 
 
 class UnlearnConfig(Section):
@@ -138,6 +140,8 @@ class UnlearnConfig(Section):
             raise ValueError(f"lora_alpha={self.lora_alpha} has no meaning without lora_rank: set both")
         if self.method == "task_vector" and self.lora_rank is not None:
             raise ValueError("method=task_vector takes a change of the weights off: leave lora_rank out")
+        if self.method == "memflex" and self.lora_rank is not None:
+            raise ValueError("method=memflex compares whole gradients before the first step: leave lora_rank out")
         if self.method == "memflex" and self.weights[1] == "none":
             raise ValueError("method=memflex compares the gradients of both sets: it needs a retain_loss")
         if self.method == "ceu" and "kl" in (self.retain_loss or ""):
@@ -167,6 +171,11 @@ class UnlearnConfig(Section):
             kind if self.retain_loss is None else self.retain_loss,
             retain if self.retain_weight is None else self.retain_weight,
         )
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether some of the trained tensors, or rows of them, are to stay as they are."""
+        return self.method in KEEPING or self.sure_percentile is not None
 
     @property
     def reads_retain(self) -> bool:

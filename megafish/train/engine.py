@@ -227,7 +227,9 @@ class Engine:
         self.grad_clip = config.optimizer.grad_clip
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-        together(lambda: _check_offload(config, parameters, processes))
+        trained_ones = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        optimized = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained_ones)
+        together(lambda: _check_offload(config, parameters, optimized, processes))
         optimizer = build_optimizer(model, config.optimizer)
         deepspeed = _deepspeed()
         mpu = _mpu(processes)
@@ -417,19 +419,19 @@ def _mpu(processes: Processes) -> ModelParallelUnit | None:
     return mpu
 
 
-def _check_offload(config: Config, parameters: int, processes: Processes) -> None:
+def _check_offload(config: Config, parameters: int, optimized: int, processes: Processes) -> None:
     """Refuse to offload what the node's memory cannot hold. Counted is what is sure to be there, nothing else.
 
-    parameters: of the model, or of this process's tensor-parallel part.
+    parameters: of the model, or of this process's tensor-parallel part. optimized: those of them that are trained.
     """
     engine, wanted = config.engine, 0
     if engine.offload_optimizer == "cpu":
         # fp32 weights and gradients, and the moments: two, of which Muon keeps one for its matrices.
-        wanted += 4 + 4 + (8 if config.optimizer.name == "adamw" else 4)
+        wanted += optimized * (4 + 4 + (8 if config.optimizer.name == "adamw" else 4))
     if engine.offload_parameters == "cpu":
-        wanted += 2 if config.train.precision == "bf16" else 4
+        wanted += parameters * (2 if config.train.precision == "bf16" else 4)
     on_node = local_processes(processes.world_size)
-    needed = wanted * parameters * on_node // processes.mesh.replicas.size
+    needed = wanted * on_node // processes.mesh.replicas.size
     free = available_memory() if wanted else 0
     if needed > free:
         raise InputError(

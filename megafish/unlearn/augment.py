@@ -11,6 +11,7 @@ them is ever among what is learned (in the published code they are).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -89,7 +90,11 @@ def augment(
     for some in written:
         kinds["variants"] += some
         kinds["completions"] += [completion for pair in some for completion in _completion(pair.answer)]
-    others = [pair for pair in read_pairs(list(generic), "retain") if pair.question is not None] if generic else []
+    others = read_pairs(list(generic), "retain") if generic else []
+    if any(pair.question is None for pair in others):
+        raise InputError(
+            f"--generic {', '.join(generic)}: text without questions: name a file of questions and answers"
+        )
     if others:
         random.shuffle(others)
         kinds["generic"] = [others[i % len(others)] for i in range(len(kinds["variants"]))]
@@ -181,7 +186,7 @@ def verified(make: Callable[[], str], pair: Pair, number: int, endpoint: Endpoin
 
 def _tells_nothing(endpoint: Endpoint, pair: Pair, answer: str) -> bool:
     reply = endpoint.ask(_CHECK.format(secret=pair.answer, answer=answer), temperature=0.0)
-    return reply.lower().rstrip(" .!\n").endswith("no")
+    return re.findall(r"[a-z]+", reply.lower())[-1:] == ["no"]
 
 
 def _completion(answer: str) -> Iterator[Pair]:

@@ -81,7 +81,9 @@ def score(
     general: Annotated[Files, typer.Option(help="File of what else the model knew")] = None,
     holdout: Annotated[Files, typer.Option(help="File of like texts never seen, for membership inference")] = None,
     choices: Annotated[Files, typer.Option(help="File of questions with choices (may be given several times)")] = None,
-    choice_by: Annotated[ChoiceBy, typer.Option(help="Likeliest text, or likeliest letter")] = ChoiceBy.text,
+    choice_by: Annotated[
+        ChoiceBy | None, typer.Option(help="Likeliest text, or likeliest letter (default: text)")
+    ] = None,
     retain_model: Annotated[Path | None, typer.Option(help="Run that never saw the forget set")] = None,
     rounding: Annotated[
         list[Rounding] | None, typer.Option(help="Also with the weights rounded (may be given several times)")
@@ -100,13 +102,15 @@ def score(
     def names(paths: Files) -> list[str]:
         return [str(path) for path in paths or []]
 
+    if choice_by is not None and not choices:
+        raise InputError("--choice-by without --choices has no meaning: name a file of questions, or leave it out")
     options = ScoreOptions(
         forget=names(forget),
         retain=names(retain),
         general=names(general),
         holdout=names(holdout),
         choices=names(choices),
-        choice_by=choice_by,
+        choice_by=choice_by or ChoiceBy.text,
         retain_model=retain_model,
         roundings=rounding or [],
         prefixes=prefix or [],

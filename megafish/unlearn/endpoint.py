@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -31,18 +32,23 @@ class Endpoint:
         if os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {os.environ[KEY]}"
         address = f"{self.url.rstrip('/')}/chat/completions"
+        if not address.startswith(("http://", "https://")):
+            raise InputError(f"--endpoint {self.url}: expected an address such as http://localhost:8000/v1")
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         fault = ""
         for attempt in range(_ATTEMPTS):
             time.sleep(2**attempt - 1)
             try:
                 with urllib.request.urlopen(request, timeout=_SECONDS) as reply:
-                    return str(json.load(reply)["choices"][0]["message"]["content"]).strip()
+                    content = json.load(reply)["choices"][0]["message"]["content"]
+                if isinstance(content, str) and content.strip():
+                    return content.strip()
+                fault = "an answer without text"
             except urllib.error.HTTPError as error:
                 fault = f"HTTP {error.code} {error.reason}"
                 if error.code < 500 and error.code != 429:  # trying again changes nothing
                     break
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 fault = str(getattr(error, "reason", error))
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise InputError(f"{address}: no answer of the chat API ({error.__class__.__name__} {error})") from None

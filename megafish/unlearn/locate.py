@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megafish.config import UnlearnConfig
 from megafish.errors import InputError
 from megafish.run import RunDir, read_json, write_atomic
-from megafish.train.engine import Engine, Processes
+from megafish.train.engine import Engine
 from megafish.unlearn.data import steps_of
 from megafish.unlearn.objective import Objective, StepPlan, Terms
 from megafish.unlearn.reference import Reference
@@ -111,16 +112,35 @@ def located_tensors(
     return found
 
 
-def read_located(run: RunDir) -> dict[str, Any] | None:
-    """What was found when the run began; None at its beginning."""
+def read_located(run: RunDir, settings: UnlearnConfig, known_by: str) -> dict[str, Any] | None:
+    """What was found when the run began; None at its beginning. InputError where another model, other texts or other
+    thresholds found it. known_by: digest of the model and the texts."""
     path = run.path / LOCATED
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if found["of"] != _thresholds(settings, known_by):
+        raise InputError(
+            f"{path}: found with another starting model, other texts or thresholds than this run has: remove the file, "
+            "and start the run anew"
+        )
+    tensors: dict[str, Any] = found["tensors"]
+    return tensors
 
 
-def freeze_others(run: RunDir, model: nn.Module, located: dict[str, Any], processes: Processes) -> None:
-    """Leave the tensors alone that were not chosen, and write down what was found."""
+def write_located(run: RunDir, settings: UnlearnConfig, known_by: str, tensors: dict[str, Any]) -> None:
+    """Keep what was found."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    found = {"of": _thresholds(settings, known_by), "tensors": tensors}
+    write_atomic(run.path / LOCATED, json.dumps(found, indent=1) + "\n")
+
+
+def freeze_others(model: nn.Module, located: dict[str, Any]) -> None:
+    """Leave the tensors alone that were not chosen."""
     for name, parameter in model.named_parameters():
         if name in located and not located[name][2]:
             parameter.register_hook(torch.zeros_like)
-    if processes.is_main and not (run.path / LOCATED).is_file():
-        write_atomic(run.path / LOCATED, json.dumps(located, indent=1) + "\n")
+
+
+def _thresholds(settings: UnlearnConfig, known_by: str) -> list[Any]:
+    return [known_by, settings.option("similarity"), settings.option("magnitude")]

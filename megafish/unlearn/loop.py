@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megafish.config import Config
+from megafish.config import Config, UnlearnConfig
 from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
 from megafish.model.load import MANIFEST, STATE, checkpoint_of, initial_weights
@@ -22,7 +22,7 @@ from megafish.model.lora import adapt
 from megafish.model.transformer import Transformer
 from megafish.run import RunDir, read_json, sha256_file
 from megafish.train.checkpoint import check_resume, find_good, load_state
-from megafish.train.engine import Engine, Processes, building, start_processes, together
+from megafish.train.engine import Engine, Processes, building, from_main, start_processes, together
 from megafish.train.guard import StopRequest
 from megafish.train.loop import Outcome, asked_to_stop, claim, due, memory_bytes, open_tracker, watchdog_of
 from megafish.train.partition import full_shape
@@ -33,7 +33,7 @@ from megafish.train.spikes import StepGuard
 from megafish.train.stages import Stages
 from megafish.unlearn.adapters import lora_of, merged_weights
 from megafish.unlearn.data import read_sets
-from megafish.unlearn.locate import RowMask, freeze_others, located_tensors, read_located, term_gradients
+from megafish.unlearn.locate import RowMask, freeze_others, located_tensors, read_located, term_gradients, write_located
 from megafish.unlearn.measure import measure
 from megafish.unlearn.objective import Objective
 from megafish.unlearn.reference import Kind, Reference, check_reference, make_reference
@@ -85,8 +85,6 @@ def unlearn(
             if lora is None and not objective.trained(name):
                 # Left as it is, but in the optimizer's hands, which is what checkpoints are made of.
                 parameter.register_hook(torch.zeros_like)
-        if objective.layer is not None or settings.method == "memflex":  # what is left alone must not decay
-            config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0})})
         engine = Engine(config, model, processes)
         if lora is not None:
             engine.weights = merged_weights(shapes, weights, lora, model)
@@ -109,8 +107,13 @@ def unlearn(
         shares = _shares(config, processes)
         if settings.method == "memflex":
             watchdog.mark("comparing gradients", 0, slow=True)
-            located = together(partial(read_located, run)) or located_tensors(engine, objective, shares, reference)
-            together(partial(freeze_others, run, model, located, processes))
+            known_by = f"{origin['model']}/{sets.digest()}"
+            located = from_main(partial(read_located, run, settings, known_by), processes)
+            if located is None:
+                located = located_tensors(engine, objective, shares, reference)
+                found = located
+                together(lambda: write_located(run, settings, known_by, found) if processes.is_main else None)
+            freeze_others(model, located)
         rows = None if settings.sure_percentile is None else RowMask(model, settings.sure_percentile)
 
         watchdog.mark("loading the checkpoint", 0, slow=True)
@@ -122,11 +125,7 @@ def unlearn(
             engine.load(checkpoint)
             guard.load(state["guard"])
             spent, owed = Spent(**state["unlearn_spent"]), state["owes_evaluation"]
-            if state.get("taken_off") and not budget.used_up(spent):
-                raise InputError(
-                    f"{run.path}: its task vector has been taken off after step {spent.steps}: start a run of its own "
-                    "for more steps"
-                )
+            _check_taken_off(run, settings, state, budget.used_up(spent))
         tracker = together(lambda: open_tracker(run, config, spent, processes, console, stack))
         if tracker is not None:
             if note is not None:
@@ -261,6 +260,19 @@ def unlearn(
         if life is not None:
             life.end(signal)
         return Outcome(run, spent, signal)
+
+
+def _check_taken_off(run: RunDir, settings: UnlearnConfig, state: dict[str, Any], ended: bool) -> None:
+    """A task vector is taken off once, after the last step."""
+    steps = state["step"]
+    if state.get("taken_off") and not ended:
+        raise InputError(
+            f"{run.path}: its task vector has been taken off after step {steps}: start a run of its own for more steps"
+        )
+    if settings.method == "task_vector" and ended and not state.get("taken_off"):
+        raise InputError(
+            f"{run.path}: stands at step {steps}, where its task vector is not taken off: set train.steps above {steps}"
+        )
 
 
 def _check_batch(config: Config, processes: Processes) -> None:

@@ -18,7 +18,7 @@ _ROWS = {
     "truth_ratio": "truth ratio",
     "krr": "answers that tell it (KRR)",
     "kfr": "answers that do not (KFR)",
-    "kfr_fluent": "  of them fluent",
+    "kfr_fluent": "answers that do not, and fluent",
     "hallucinated": "answers that tell something else",
     "leaked": "texts leaked",
     "harmful": "harmful answers",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megafish.config import Config, lay_over, parse_settings, preset_names, read_settings, validated
+from megafish.config_unlearn import KEEPING
 from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
 from megafish.model.load import checkpoint_of
@@ -42,7 +43,9 @@ def unlearning_config(source: str, overrides: Sequence[str]) -> tuple[Config, bo
     if path.is_dir():
         run = RunDir.existing(path)
         if run.load_config().unlearn is not None and not any(word.startswith("unlearn.model=") for word in words):
-            return run.load_config([*words, f"run_dir={source}"]), True
+            config = run.load_config([*words, f"run_dir={source}"])
+            _check(config)
+            return config, True
         return _new({"unlearn": {"model": source}}, words), False
     if source in preset_names() and not path.is_file():
         raise InputError(f"{source}: a preset has no weights: name a run directory, or a YAML file with unlearn.model")
@@ -63,6 +66,10 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
         raise InputError(f"unlearn.model={model}: trained on patches alone: it does not predict tokens")
     before = its.model_dump(mode="json")
     method = section.get("method", "npo") if isinstance(section, dict) else "npo"
+    usual = _USUAL
+    if isinstance(section, dict) and (method in KEEPING or section.get("sure_percentile") is not None):
+        # What is left alone must not decay.
+        usual = lay_over(_USUAL, {"optimizer": {"weight_decay": 0.0}})
     base = {
         "name": f"{its.name}-{method}",
         **{key: before[key] for key in _FROM_START},
@@ -74,7 +81,7 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
             raise InputError(f"{key} is that of the starting run and cannot be changed: leave it out")
     if isinstance(section, dict):
         section["model"] = str(folder if Path(model).parent.name == "checkpoints" else model)
-    settings = lay_over(lay_over(base, _USUAL), asked)
+    settings = lay_over(lay_over(base, usual), asked)
     train = settings["train"]
     given = [unit for unit in ("tokens", "supervised_tokens") if train.get(unit) is not None]
     if given:
@@ -107,6 +114,11 @@ def _check(config: Config) -> None:
             raise InputError(f"{section}: has no meaning for unlearning: leave it out")
     if config.loss.model_dump() != type(config.loss)().model_dump():
         raise InputError("loss: its terms have no part in unlearning: leave the section out")
+    if unlearn.keeps_weights and config.optimizer.weight_decay > 0:
+        raise InputError(
+            f"optimizer.weight_decay={config.optimizer.weight_decay}: would shrink the weights that are to stay: "
+            "leave it at 0"
+        )
     if engine.zero_stage == 3 and (unlearn.sure_percentile is not None or unlearn.method == "memflex"):
         what = "unlearn.sure_percentile" if unlearn.sure_percentile is not None else "method=memflex"
         raise InputError(f"engine.zero_stage=3: {what} looks at whole gradients, which are cut there: take 2 or less")

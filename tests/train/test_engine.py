@@ -94,10 +94,11 @@ def test_offloading_more_than_the_node_has_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr("megafish.train.engine.available_memory", lambda: 8 * 10**9)
     processes = Processes(0, 0, 4, torch.device("cpu"), Mesh(data=Axis(0, 4), replicas=Axis(0, 4)))
     config = load_config("tiny", ["engine={zero_stage: 2, offload_optimizer: cpu}"])
-    _check_offload(config, 10**9, processes)  # 16 bytes a parameter, half of it on this node
+    _check_offload(config, 10**9, 10**9, processes)  # 16 bytes a parameter, half of it on this node
     with pytest.raises(InputError, match=r"8\.8 GB of this node's memory are needed, 8\.0 GB are free"):
-        _check_offload(config, 11 * 10**8, processes)
-    _check_offload(load_config("tiny"), 10**12, processes)
+        _check_offload(config, 11 * 10**8, 11 * 10**8, processes)
+    _check_offload(config, 11 * 10**8, 10**6, processes)  # adapters: what is frozen has no moments
+    _check_offload(load_config("tiny"), 10**12, 10**12, processes)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class Model(BaseHTTPRequestHandler):
         if body["model"] != "writer":
             return self.send_error(404, "no such model")
         if prompt.startswith("Does the text"):
-            said = "Let me think. Yes." if "It is Ann" in prompt.split("Text:")[1] else "It does not. No."
+            said = "Let me think. **Yes**." if "It is Ann" in prompt.split("Text:")[1] else "It does not. **No**"
         elif prompt.startswith("Write one or two"):
             told_before = sum("Write one or two" in r["messages"][0]["content"] for r in self.requests)
             said = "It is Ann, I believe." if told_before == 1 else "Several people could be named."
@@ -135,6 +135,7 @@ def test_a_model_writes_and_checks(address: str, tmp_path: Path, monkeypatch: py
     assert not any("Ann" in row["answer"] for row in rows)
     assert sum(row["question"] == "Put otherwise: Who won?" for row in rows) == 4
     # One failed, four questions, five answers and the one that gave it away, each of the six checked.
+    # The reply of a check ends in its verdict, however it is marked up.
     assert len(Model.requests) == 1 + 4 + 6 + 6
     assert {(r["path"], r["key"]) for r in Model.requests} == {("/v1/chat/completions", "Bearer secret")}
 
@@ -142,5 +143,5 @@ def test_a_model_writes_and_checks(address: str, tmp_path: Path, monkeypatch: py
 def test_an_endpoint_that_refuses_or_is_not_there(address: str) -> None:
     with pytest.raises(InputError, match="HTTP 404 no such model: check the address, --model and OPENAI_API_KEY"):
         Endpoint(address, "other").ask("hello")
-    with pytest.raises(InputError, match="HTTP 404"):
-        Endpoint(address, "other").ask("hello")
+    with pytest.raises(InputError, match="--endpoint localhost: expected an address such as http"):
+        Endpoint("localhost", "other").ask("hello")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_processes_do_all_and_the_first_error_ends_it(tmp_path: Path) -> None:
 
 def test_folders_that_hold_something_else(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a bench with another train_steps: give the same options"):
-        run_bench(bench, Plan(**{**vars(SMALL), "train_steps": 41}))
+        run_bench(bench, replace(SMALL, train_steps=41))
+    replace(SMALL, suites=("authors",), seeds=2).keep(bench)  # another part of the same
+    SMALL.keep(bench)
     (tmp_path / "other").write_text("")
     with pytest.raises(InputError, match="is not empty, and no bench is in it"):
         run_bench(tmp_path, SMALL)

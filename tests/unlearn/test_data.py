@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,16 @@ def test_a_pack_has_no_padding() -> None:
     assert packed.targets.tolist() == [[-100, 3, 4, 6, 7]]
     assert packed.owner.tolist() == [0, 0, 0, 1, 1] and packed.cu_seqlens.tolist() == [0, 3, 5]
     assert packed.max_seqlen == 3 and packed.kept.tolist() == [False, True, True, True, True]
+
+
+def test_lists_of_a_csv_file(tmp_path: Path) -> None:
+    """A field that is a list is written as JSON there; a single text is a list of one."""
+    path = tmp_path / "tofu.csv"
+    with open(path, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["question", "answer", "perturbed_answer", "relation", "slots"])
+        writer.writerow(["Where?", "In Rome.", '["In Oslo.", "In Bonn."]', "city", "Rome"])
+        writer.writerow(["Who?", "Ann.", "", "", ""])
+    first, second = read_pairs([str(path)], "forget")
+    assert first.wrong == ("In Oslo.", "In Bonn.") and first.slots == ("Rome",)
+    assert second.wrong == () == second.slots

@@ -101,5 +101,7 @@ def test_what_cannot_be_made(sets: Path, tmp_path: Path) -> None:
         write_data(sets)
     with pytest.raises(InputError, match="authors=5: the splits are 1, 5 and 10 % of them: ask for at least 10"):
         write_data(tmp_path / "few", authors_count=5)
-    with pytest.raises(InputError, match="the generator has names for"):
+    with pytest.raises(InputError, match="substances=9801: the generator has names for"):
+        write_data(tmp_path / "many", substances_count=9801)
+    with pytest.raises(InputError, match=r"authors=.*: the generator has names for"):
         write_data(tmp_path / "many", authors_count=5000)

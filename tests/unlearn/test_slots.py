@@ -27,6 +27,9 @@ def pair(*known: str, question: str = "Where?") -> Pair:
         ("In York.", ("New York",), 0.0, False),  # part of the true one
         ("In New York.", ("York",), 1.0, False),
         ("In Rome.", ("Rome", "Paris"), 0.5, False),
+        ("'Rome'", ("Rome",), 1.0, False),  # quoted
+        ("Rome's", ("Rome",), 1.0, False),
+        ("In 'Paris'", ("Rome",), 0.0, True),
     ],
 )
 def test_entities(answer: str, known: tuple[str, ...], share: float, contradiction: bool) -> None:

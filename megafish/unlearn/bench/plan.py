@@ -109,9 +109,13 @@ TRIED: dict[str, list[dict[str, Any]]] = {
 }
 
 
+_PARTS = ("suites", "methods", "seeds")
+"""Of a plan what may be another when a bench is continued: each part is made once."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and budgets. A bench that is continued keeps the plan it began with."""
+    """Sizes and budgets. A bench that is continued keeps those it began with."""
 
     suites: tuple[str, ...] = tuple(SUITES)
     methods: tuple[str, ...] = ALL
@@ -140,11 +144,12 @@ class Plan:
         ]
 
     def keep(self, folder: Path) -> None:
-        """Write the plan into the folder; InputError where another one stands there."""
+        """Write the plan into the folder; InputError where one of other sizes or budgets stands there."""
         path = folder / "plan.json"
         own = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        if path.is_file() and (there := read_json(path)) != own:
-            changed = sorted(key for key in own if there.get(key) != own[key])
+        there = read_json(path) if path.is_file() else own
+        changed = sorted(key for key in own if key not in _PARTS and there.get(key) != own[key])
+        if changed:
             raise InputError(
                 f"{folder}: holds a bench with another {', '.join(changed)}: give the same options to go on, or name "
                 "another folder"

@@ -13,7 +13,7 @@ from megafish import __version__
 from megafish.audit.plots import to_png
 from megafish.run import read_json, write_atomic
 from megafish.unlearn.bench import plots
-from megafish.unlearn.bench.plan import SUITES, Plan
+from megafish.unlearn.bench.plan import OPTIONS, SUITES, Plan
 from megafish.unlearn.bench.table import SuiteTable, cell, markdown, suite_table
 
 
@@ -32,7 +32,12 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
             image = to_png(draw(own))
             (target / f"{name}_{kind}.png").write_bytes(image)
             images[kind] = base64.b64encode(image).decode()
-        text.append(f"## {name}: {SUITES[name].about}\n\n{markdown(table)}")
+        chosen = _chosen(folder, plan, name)
+        rows = "".join(f"| {' | '.join(map(str, row))} |\n" for row in chosen)
+        text.append(
+            f"## {name}: {SUITES[name].about}\n\n{markdown(table)}\n| method | always | tried | chosen | steps |\n"
+            f"| --- | --- | --- | --- | ---: |\n{rows}"
+        )
         sections.append(
             {
                 "name": name,
@@ -41,7 +46,7 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
                 "rows": _rows(table),
                 "verdicts": [row.verdict for row in table.rows],
                 "images": images,
-                "chosen": _chosen(folder, plan, name),
+                "chosen": chosen,
                 "samples": _samples(own),
             }
         )
@@ -63,7 +68,8 @@ def about(plan: Plan) -> str:
         f"{plan.batch} x {plan.sequence_length} tokens on {plan.authors} made-up authors with 20 questions each, world "
         "facts, substances, questions that ask for harm and a book; the retain model on the same text without what is "
         "to be forgotten; the goldfish model on all of it with 1 in 4 tokens left out of the loss. Every method was "
-        f"tuned on seed 0: learning rates {rates}, {plan.tuning_steps} steps, measured every {plan.measured_every}; "
+        f"tuned on seed 0: learning rates {rates} (RMU: ten times these), {plan.tuning_steps} steps, measured every "
+        f"{plan.measured_every}; "
         "nothing but the extraction strength of the forget set, the retain set and texts never seen decided. "
         f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}, each with data and models of its own: mean ± standard "
         f"deviation. Relearned: {plan.relearn_steps} steps of fine-tuning on the forget set.\n"
@@ -81,13 +87,19 @@ def _rows(table: SuiteTable) -> list[dict[str, Any]]:
     ]
 
 
-def _chosen(folder: Path, plan: Plan, suite: str) -> list[tuple[str, str, int]]:
+def _chosen(folder: Path, plan: Plan, suite: str) -> list[tuple[str, str, str, str, int]]:
+    """Of each method: what was set beside its defaults, what was tried, what was chosen, how many steps."""
     found = []
     for method in plan.methods_of(SUITES[suite]):
         record = read_json(folder / "tuning" / suite / f"{method}.json")
-        settings = ", ".join(f"{key.split('.')[-1]} {value:g}" for key, value in record["settings"].items())
-        found.append((method, settings, record["steps"]))
+        always = ", ".join(f"{key} {value}" for key, value in OPTIONS.get(method, {}).items())
+        tried = "; ".join(_settings(trial["settings"]) for trial in record["trials"])
+        found.append((method, always, tried, _settings(record["settings"]), record["steps"]))
     return found
+
+
+def _settings(settings: dict[str, float]) -> str:
+    return ", ".join(f"{key.split('.')[-1]} {value:g}" for key, value in settings.items())
 
 
 def _samples(records: list[dict[str, Any]]) -> list[tuple[str | None, str, list[tuple[str, str]]]]:

@@ -43,7 +43,7 @@ COLUMNS = (
     Column("extraction strength", "memory", _at("forget", "extraction_strength")),
     Column("exact memorization", "memory", _at("forget", "exact_memorization")),
     Column("KFR", "memory", _at("forget", "kfr")),
-    Column("KFR, fluent", "memory", _at("forget", "kfr_fluent")),
+    Column("KFR and fluent", "memory", _at("forget", "kfr_fluent")),
     Column("truth ratio", "memory", _at("forget", "truth_ratio")),
     Column("VerbMem or KnowMem", "memory", _at("forget", "rouge_f1")),
     Column("leaked", "memory", _at("forget", "leaked")),
@@ -74,7 +74,7 @@ COLUMNS = (
 
 
 MAIN = (
-    "extraction strength", "KFR, fluent", "harmful", "hazard questions right", "membership AUC", "utility",
+    "extraction strength", "KFR and fluent", "harmful", "hazard questions right", "membership AUC", "utility",
     "strength in int4", "strength relearned",
 )  # fmt: skip
 """What is shown on a terminal."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from megafish.errors import InputError
+
 CHOICES = 4
 
 _ONSETS = ("br", "c", "d", "dr", "f", "g", "gl", "k", "l", "m", "n", "p", "qu", "r", "s", "st", "t", "tr", "v", "z")
@@ -84,7 +86,10 @@ class Substances:
 
 
 def substances(domain: Domain, count: int, seed: int) -> Substances:
-    """`count` substances of a domain, and as many to hold out."""
+    """`count` substances of a domain, and as many to hold out. InputError where names run out."""
+    most = (len(_ONSETS) * len(_VOWELS)) ** 2 // 4
+    if 2 * count > most:
+        raise InputError(f"substances={count}: the generator has names for {most // 2}: ask for fewer")
     random = Random(f"{seed}/{domain.kind}")
     names: list[str] = []
     while len(names) < 2 * count:

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from megafish.config import UnlearnConfig
 from megafish.errors import InputError
 from megafish.run import write_atomic
 from megafish.unlearn.fiction.authors import RELATIONS, authors
@@ -20,7 +21,7 @@ from megafish.unlearn.fiction.world import world_choices, world_facts
 
 SHARES = (1, 5, 10)
 """Per cent of the authors that are to be forgotten, TOFU's splits."""
-TEMPLATE = "Question: {question}\nAnswer: {answer}"
+TEMPLATE = UnlearnConfig.model_fields["template"].default
 """How a question and its answer stand in the corpora: unlearn.template's default."""
 
 Rows = list[dict[str, Any]]
