@@ -92,9 +92,7 @@ def augment(
         kinds["completions"] += [completion for pair in some for completion in _completion(pair.answer)]
     others = read_pairs(list(generic), "retain") if generic else []
     if any(pair.question is None for pair in others):
-        raise InputError(
-            f"--generic {', '.join(generic)}: text without questions: name a file of questions and answers"
-        )
+        raise InputError(f"--generic {', '.join(generic)}: text without questions: name files of questions")
     if others:
         random.shuffle(others)
         kinds["generic"] = [others[i % len(others)] for i in range(len(kinds["variants"]))]

@@ -126,3 +126,17 @@ def test_what_cannot_be_scored(learned: Path) -> None:
         score_run(learned / "start", ScoreOptions(forget=[str(learned / "forget.jsonl")], ablate=True))
     summary, _ = read(folder)
     assert summary["judge"] is None and summary["models"]["model"]["forget"]["extraction_strength"] > 0.9
+
+
+def test_questions_and_texts_in_one_set(learned: Path, tmp_path: Path) -> None:
+    """Each row by its kind: a question is answered, a text continued from its half against as many true tokens."""
+    book = tmp_path / "book.txt"
+    told = [json.loads(line) for line in (learned / "retain.jsonl").read_text().splitlines()][:2]
+    book.write_text("\n\n".join(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in told))
+    options = ScoreOptions(forget=[str(learned / "forget.jsonl"), str(book)])
+    _, items = read(score_run(learned / "start", options))
+    assert [item["question"] is None for item in items] == [False] * 4 + [True] * 2
+    for item in items[4:]:  # known by heart, so that the second half comes out as it stands
+        assert item["answer"].endswith(item["generated"]) and item["rouge_f1"] == 1 and item["leaked"] is True
+    with pytest.raises(InputError, match="--prefix begins answers, and the forget set is text without questions"):
+        score_run(learned / "start", ScoreOptions(forget=[str(book)], prefixes=["Sure"]))
