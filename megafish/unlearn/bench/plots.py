@@ -36,10 +36,11 @@ def trade_off(records: Records) -> Figure:
                   color=INK["light"]["muted"], va="top")  # fmt: skip
     for name, (x, y) in points.items():
         axes.plot(x, y, "D" if name in _BASELINES else "o", color=_BASELINES.get(name, _METHOD), ms=6, clip_on=False)
-    _label(axes, points)
     axes.set_xlabel("utility that is left [%]")
     axes.set_ylabel("extraction strength of the forget set")
     axes.set_ylim(-0.02, 1.05)
+    axes.margins(x=0.1)
+    _label_points(axes, points)
     return figure
 
 
@@ -54,11 +55,11 @@ def relearning(records: Records) -> Figure:
         width, alpha = (2.2, 1.0) if name in _BASELINES else (1.0, 0.6)
         axes.plot(range(length), mean, color=_BASELINES.get(name, _METHOD), lw=width, alpha=alpha)
         ends[name] = (length - 1, float(mean[-1]))
-    _label(axes, ends)
     axes.set_xlabel("steps of fine-tuning")
     axes.set_ylabel("extraction strength of the forget set")
     axes.set_ylim(-0.02, 1.05)
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.14 * max(step for step, _ in ends.values()))
+    _label_ends(axes, ends)
     return figure
 
 
@@ -88,29 +89,52 @@ def stress(records: Records) -> Figure:
     axes.set_yticks(list(rows.values()), list(rows))
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("extraction strength of the forget set (dashed: the retain model's)")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.08), borderaxespad=0)
-    axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold", pad=34)
+    figure.legend(frameon=False, fontsize=8, ncols=5, loc="outside lower center")
     return figure
 
 
-def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points, moved apart where they would lie on each other."""
-    placed: list[tuple[float, float]] = []
-    span = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
+def _label_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, each on the side where it lies on no other name and on no point."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    wide, high = (right - left) * 0.0125, (top - bottom) * 0.045  # of a character, of a line
+    gap = 1.2 * wide
+    taken = [(x - gap / 2, x + gap / 2, y) for x, y in points.values()]
     for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        at = y
-        while any(abs(at - other) < 0.042 and abs(x - where) < 0.22 * span for where, other in placed):
-            at -= 0.008
-        placed.append((x, at))
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(x + 0.015 * span, at),
-            fontsize=8,
-            va="center",
-            color=_BASELINES.get(name, INK["light"]["text"]),
-            annotation_clip=False,
-        )
+        width = wide * len(name)
+        places = [
+            (at, y + shift)
+            for shift in (0.0, high, -high, 2 * high, -2 * high)
+            for at in (x + gap, x - gap - width)
+            if y + shift > bottom
+        ]
+        free = [
+            (at, line)
+            for at, line in places
+            if not any(at < end and begin < at + width and abs(line - other) < high for begin, end, other in taken)
+        ]
+        at, line = (free or places)[0]
+        taken.append((at, at + width, line))
+        _write(axes, name, at, line)
+
+
+def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
+    """Names where the lines end, at least a line apart and none below the axis."""
+    high = (axes.get_ylim()[1] - axes.get_ylim()[0]) * 0.042
+    names = sorted(ends, key=lambda name: -ends[name][1])
+    lines = [ends[name][1] for name in names]
+    for i in range(1, len(lines)):
+        lines[i] = min(lines[i], lines[i - 1] - high)
+    lowest = 0.0
+    for i in reversed(range(len(lines))):
+        lines[i] = max(lines[i], lowest)
+        lowest = lines[i] + high
+    for name, line in zip(names, lines, strict=True):
+        _write(axes, name, ends[name][0] * 1.01, line)
+
+
+def _write(axes: Any, name: str, x: float, y: float) -> None:
+    colour = _BASELINES.get(name, INK["light"]["text"])
+    axes.annotate(name, (x, y), fontsize=8, va="center", color=colour, annotation_clip=False)
 
 
 def _models(records: Records) -> list[str]:
