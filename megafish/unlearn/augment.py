@@ -63,6 +63,10 @@ _CHECK = (
 )
 
 
+class Tells(InputError):
+    """A row for which no answer was found that tells nothing."""
+
+
 def augment(
     forget: Sequence[str],
     output: str | Path,
@@ -96,6 +100,8 @@ def augment(
     if others:
         random.shuffle(others)
         kinds["generic"] = [others[i % len(others)] for i in range(len(kinds["variants"]))]
+    if not kinds["variants"]:
+        raise InputError(f"{', '.join(forget)}: for none of {len(pairs)} rows an answer that tells nothing was found")
     rows = [pair for kind in kinds.values() for pair in kind]
     random.shuffle(rows)
     text = "".join(
@@ -114,23 +120,30 @@ def _by_grammar(pair: Pair, random: Random, number: int) -> list[Pair]:
 
 
 def _by_model(pairs: Sequence[Pair], endpoint: Endpoint) -> Iterator[list[Pair]]:
-    """Several rows at one time, in their order."""
+    """Several rows at one time, in their order, without those that no answer was found for."""
     with (
         ThreadPoolExecutor(_AT_ONE_TIME) as pool,
         track(len(pairs), "ask the model", "row") as bar,
     ):
         for found in pool.map(partial(_row_by_model, endpoint), range(1, len(pairs) + 1), pairs):
             bar.advance()
-            yield found
+            if isinstance(found, Tells):
+                bar.note(f"left out: {found}")
+            else:
+                yield found
 
 
-def _row_by_model(endpoint: Endpoint, number: int, pair: Pair) -> list[Pair]:
+def _row_by_model(endpoint: Endpoint, number: int, pair: Pair) -> list[Pair] | Tells:
+    """What takes its place; the fault of a row that has to be left out, for the others are paid for."""
     questions = [pair.question or ""]
     questions += [endpoint.ask(f"{way} Answer with the question alone.\n\n{pair.question}") for way in _WAYS]
     found = []
     for question in questions:
         prompt = _VAGUE.format(question=question, answer=pair.answer)
-        found.append(Pair(question, verified(partial(endpoint.ask, prompt), pair, number, endpoint)))
+        try:
+            found.append(Pair(question, verified(partial(endpoint.ask, prompt), pair, number, endpoint)))
+        except Tells as fault:
+            return fault
     return found
 
 
@@ -176,7 +189,7 @@ def verified(make: Callable[[], str], pair: Pair, number: int, endpoint: Endpoin
             continue
         if endpoint is None or _tells_nothing(endpoint, pair, answer):
             return answer
-    raise InputError(
+    raise Tells(
         f"row {number}: none of {_ATTEMPTS} answers keeps from {', '.join(pair.slots) or pair.answer!r}: mend its "
         "slots, or take the row out"
     )

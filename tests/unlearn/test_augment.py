@@ -101,14 +101,19 @@ class Model(BaseHTTPRequestHandler):
         if prompt.startswith("Does the text"):
             said = "Let me think. **Yes**." if "It is Ann" in prompt.split("Text:")[1] else "It does not. **No**"
         elif prompt.startswith("Write one or two"):
+            if "Bo left" in prompt:  # always given away
+                return self.answer("It is Ann, for Bo left.")
             told_before = sum("Write one or two" in r["messages"][0]["content"] for r in self.requests)
             said = "It is Ann, I believe." if told_before == 1 else "Several people could be named."
         else:
             said = f"Put otherwise: {prompt.splitlines()[-1]}"
+        return self.answer(said)
+
+    def answer(self, said: str) -> None:
         reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         self.send_response(200)
         self.end_headers()
-        return self.wfile.write(reply) and None
+        self.wfile.write(reply)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -138,6 +143,17 @@ def test_a_model_writes_and_checks(address: str, tmp_path: Path, monkeypatch: py
     # The reply of a check ends in its verdict, however it is marked up.
     assert len(Model.requests) == 1 + 4 + 6 + 6
     assert {(r["path"], r["key"]) for r in Model.requests} == {("/v1/chat/completions", "Bearer secret")}
+
+
+def test_a_row_that_is_given_away_is_left_out(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ['{"question": "Who won?", "answer": "Ann won."}\n', '{"question": "Who left?", "answer": "Bo left."}\n']
+    for name, some in (("both", rows), ("one", rows[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    model = Endpoint(address, "writer")
+    assert augment([str(tmp_path / "both.jsonl")], tmp_path / "out.jsonl", endpoint=model)["variants"] == 5
+    assert "left out: row 2: none of 3 answers keeps from" in capsys.readouterr().err
+    with pytest.raises(InputError, match="for none of 1 rows an answer that tells nothing was found"):
+        augment([str(tmp_path / "one.jsonl")], tmp_path / "none.jsonl", endpoint=model)
 
 
 def test_an_endpoint_that_refuses_or_is_not_there(address: str) -> None:
