@@ -14,7 +14,7 @@ from megafish.progress import track
 from megafish.unlearn.bench.bench import run_bench
 from megafish.unlearn.bench.plan import ALL, GOLDFISH, RETAIN, START, SUITES, Plan, named
 from megafish.unlearn.bench.pool import run_all
-from megafish.unlearn.bench.table import COLUMNS, cell, markdown, suite_table, verdict
+from megafish.unlearn.bench.table import COLUMNS, caution, cell, markdown, suite_table, verdict
 from megafish.unlearn.bench.unlearning import choose
 from tests.helpers import place_kept
 
@@ -140,6 +140,12 @@ def test_verdicts(strength: float, utility: float, wanted: str) -> None:
     records = [record(START, 0, 1.0, 0.8), record(RETAIN, 0, 0.2, 0.9), record("npo", 0, strength, utility)]
     by_model = {each["model"]: [each] for each in records}
     assert verdict("npo", by_model) == wanted and verdict(START, by_model) == verdict(RETAIN, by_model) == ""
+
+
+def test_what_was_never_known_is_said() -> None:
+    assert caution([record(START, 0, 0.91, 0.8), record("npo", 0, 0.1, 0.8)]) is None
+    line = caution([record(START, seed, strength, 0.8) for seed, strength in enumerate((0.7, 0.8))]) or ""
+    assert line.startswith("Before, the extraction strength is 0.75, below 0.9: the forget set is not known by heart")
 
 
 def test_means_and_deviations_over_seeds() -> None:

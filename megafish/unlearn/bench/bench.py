@@ -17,7 +17,7 @@ from megafish.unlearn.bench.plan import SUITES, Plan, Suite
 from megafish.unlearn.bench.pool import run_all, usual_workers
 from megafish.unlearn.bench.report import write_report
 from megafish.unlearn.bench.scoring import make_exam, scored
-from megafish.unlearn.bench.table import printed, suite_table
+from megafish.unlearn.bench.table import caution, printed, suite_table
 from megafish.unlearn.bench.unlearning import final, is_tuned, relearned, tuned
 
 
@@ -47,7 +47,10 @@ def run_bench(folder: str | Path, plan: Plan, *, workers: int | None = None, con
     missing = [each for each in entries if not record_of(target, *each[2:]).is_file()]
     _phase("unlearn and score", "model", measure_model, missing, workers)
     for suite in suites:
-        console.print(printed(suite_table(suite.name, list(records(target, plan))), suite.about))
+        own = [record for record in records(target, plan) if record["suite"] == suite.name]
+        console.print(printed(suite_table(suite.name, own), suite.about))
+        if (warning := caution(own)) is not None:
+            console.print(warning, highlight=False)
     page = write_report(target, plan, list(records(target, plan)))
     console.print(f"next: open {page} in a browser", highlight=False, soft_wrap=True)
     return page

@@ -20,6 +20,8 @@ AT_THE_END = ("task_vector",)
 """Methods whose model is made after the last step: what is measured on the way is no point of theirs."""
 STRENGTH_KEPT = 0.97
 """Share of the retain set's extraction strength that a point of a tuning run has to keep to be chosen."""
+MEMORIZED = 0.9
+"""Extraction strength from which on a model has a set by heart."""
 WITHIN = 0.05
 """How far a model's extraction strength may lie above the retain model's."""
 UTILITY_KEPT = 0.95

@@ -14,7 +14,7 @@ from megafish.audit.plots import to_png
 from megafish.run import read_json, write_atomic
 from megafish.unlearn.bench import plots
 from megafish.unlearn.bench.plan import OPTIONS, SUITES, Plan
-from megafish.unlearn.bench.table import SuiteTable, cell, markdown, suite_table
+from megafish.unlearn.bench.table import SuiteTable, caution, cell, markdown, suite_table
 
 
 def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Path:
@@ -34,14 +34,17 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
             images[kind] = base64.b64encode(image).decode()
         chosen = _chosen(folder, plan, name)
         rows = "".join(f"| {' | '.join(map(str, row))} |\n" for row in chosen)
+        warning = caution(every)
+        parts = [f"## {name}: {SUITES[name].about}", *([warning] if warning else []), markdown(table)]
         text.append(
-            f"## {name}: {SUITES[name].about}\n\n{markdown(table)}\n| method | always | tried | chosen | steps |\n"
+            "\n\n".join(parts) + "\n| method | always | tried | chosen | steps |\n"
             f"| --- | --- | --- | --- | ---: |\n{rows}"
         )
         sections.append(
             {
                 "name": name,
                 "about": SUITES[name].about,
+                "caution": warning,
                 "head": [row.model for row in table.rows],
                 "rows": _rows(table),
                 "verdicts": [row.verdict for row in table.rows],

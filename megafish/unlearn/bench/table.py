@@ -10,7 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from megafish.unlearn.bench.plan import RETAIN, START, UTILITY_KEPT, WITHIN
+from megafish.unlearn.bench.plan import MEMORIZED, RETAIN, START, UTILITY_KEPT, WITHIN
 
 Figures = dict[str, Any]
 
@@ -131,6 +131,18 @@ def verdict(name: str, by_model: dict[str, list[dict[str, Any]]]) -> str:
     keeps = utility >= UTILITY_KEPT * _mean(by_model[START], "utility")
     return {(True, True): "yes", (True, False): "loses utility", (False, True): "remembers"}.get(
         (forgets, keeps), "remembers, loses utility"
+    )
+
+
+def caution(records: Sequence[dict[str, Any]]) -> str | None:
+    """A line where the model before has not learned the forget set by heart: nothing is removed that was not there."""
+    before = [record for record in records if record["model"] == START and record["figures"] is not None]
+    strength = _mean(before, "forget", "extraction_strength") if before else 1.0
+    if strength >= MEMORIZED:
+        return None
+    return (
+        f"Before, the extraction strength is {strength:.2f}, below {MEMORIZED}: the forget set is not known by heart, "
+        "and what is said of forgetting it counts for as much less. More training (--train-steps) helps."
     )
 
 
