@@ -98,12 +98,12 @@ def learned_texts(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def encode(
-    pairs: Sequence[Pair], settings: UnlearnConfig, tokenizer: Tokenizer, longest: int, where: str
+    pairs: Sequence[Pair], settings: UnlearnConfig, tokenizer: Tokenizer, longest: int, where: str, first: int = 1
 ) -> list[Item]:
     """Tokens of pairs, each ended by the end-of-text token; text without a question in pieces of `longest` tokens.
 
     A text is encoded whole, as a corpus is, and the answer begins at the first token that the text before it alone
-    would not have. InputError for a pair of more than `longest` tokens.
+    would not have. InputError for a pair of more than `longest` tokens. first: number of the first pair, to name it.
     """
     head, _, tail = settings.template.partition("{answer}")
     texts, heads = [], []
@@ -113,7 +113,7 @@ def encode(
         texts.append(pair.answer if pair.question is None else given + pair.answer + tail)
     items: list[Item] = []
     encoded = zip(pairs, tokenizer.encode_batch(texts), tokenizer.encode_batch(heads), strict=True)
-    for number, (pair, ids, before) in enumerate(encoded, start=1):
+    for number, (pair, ids, before) in enumerate(encoded, start=first):
         tokens = (*ids.tolist(), tokenizer.eos_id)
         if pair.question is None:
             items += [Item(piece, 1) for piece in _pieces(tokens, longest)]

@@ -93,8 +93,9 @@ def read_texts(name: str, files: list[str], settings: UnlearnConfig, loaded: Loa
     """The texts of files. Text without a question is cut to pieces, each of which is a text."""
     longest = loaded.config.data.sequence_length
     pairs, items = [], []
-    for pair in read_pairs(files, "forget" if name in ("forget", "holdout") else "retain"):
-        found = encode([pair], settings, loaded.tokenizer, longest, f"--{name}")
+    rows = read_pairs(files, "forget" if name in ("forget", "holdout") else "retain")
+    for number, pair in enumerate(rows, start=1):
+        found = encode([pair], settings, loaded.tokenizer, longest, f"--{name}", number)
         items += found
         whole = pair.question is not None
         pairs += [pair] if whole else [Pair(None, loaded.tokenizer.decode(item.tokens)) for item in found]

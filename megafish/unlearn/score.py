@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from megafish.config import UnlearnConfig
+from megafish.config_unlearn import RMU
 from megafish.decode.generate import for_decoding
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun, load_run
@@ -83,19 +84,18 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
     if options.prefixes and questions_of(sets["forget"]) is None:
         raise InputError("--prefix begins answers, and the forget set is text without questions: leave it out")
     models = {"model": loaded}
-    start = None if settings is None else peer_of(settings.model, loaded)
+    if options.ablate and (settings is None or settings.method not in RMU):
+        raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
     if options.retain_model is not None:
         models["retain model"] = peer_of(options.retain_model, loaded)
-    judge = None
-    if "retain model" in models or start is not None:
-        by = models.get("retain model") or start
-        assert by is not None
-        name = str(options.retain_model or (settings and settings.model))
-        judge = make_judge(by, name, list(sets.values()), options.batch_size)
+    # The starting model may be gone where neither of these asks for it.
+    judged_by = options.retain_model or (settings.model if settings else None)
+    start = peer_of(settings.model, loaded) if settings and (options.ablate or judged_by == settings.model) else None
+    by = models.get("retain model", start)
+    judge = None if by is None else make_judge(by, str(judged_by), list(sets.values()), options.batch_size)
     models |= {each.value: replace(loaded, model=rounded(loaded.model, each)) for each in options.roundings}
     if options.ablate:
-        if start is None or settings is None or settings.method not in ("rmu", "adaptive_rmu"):
-            raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
+        assert start is not None
         models["without the direction"] = without_direction(loaded, start, sets["forget"].items)
 
     values = slots.values_of(pair for texts in sets.values() for pair in texts.pairs)

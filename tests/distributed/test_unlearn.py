@@ -34,7 +34,14 @@ def begun(launch: Launch, settings: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("stage", "precision", "method"),
-    [(1, "fp32", "npo sure"), (3, "bf16", "ga_kl lora"), (3, "fp32", "rmu"), (3, "fp32", "task_vector")],
+    [
+        (1, "fp32", "npo"),
+        (3, "bf16", "ga_kl"),
+        (3, "fp32", "rmu"),
+        (1, "fp32", "npo sure"),
+        (3, "bf16", "ga_kl lora"),
+        (3, "fp32", "task_vector"),
+    ],
 )
 def test_killed_and_resumed(
     launch: Launch, begun: list[str], tmp_path: Path, stage: int, precision: str, method: str

@@ -89,8 +89,7 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
     summary, items = read(folder)
     models = summary["models"]
     # "Retained" here is the starting model: it prefers the truth, and tells what it has read from what it has not.
-    known, forgotten = (models[title]["forget"]["truth_ratio"] for title in ("retain model", "model"))
-    assert known < 0.5 and forgotten > 1.5 * known
+    assert models["retain model"]["forget"]["truth_ratio"] < 0.2 < models["model"]["forget"]["truth_ratio"]
     assert models["retain model"]["membership"]["loss"] == 1
     ratios = {title: [item["truth_ratio"] for item in items if item["model"] == title and item["set"] == "forget"]
               for title in models}  # fmt: skip
@@ -128,6 +127,15 @@ def test_what_cannot_be_scored(learned: Path) -> None:
     assert summary["judge"] is None and summary["models"]["model"]["forget"]["extraction_strength"] > 0.9
 
 
+def test_the_start_is_needed_only_as_a_judge(learned: Path, forgot: Path) -> None:
+    config = forgot / "config.yaml"
+    config.write_text(config.read_text().replace(str(learned / "start"), str(learned / "gone")))
+    with pytest.raises(InputError, match="gone"):
+        score_run(forgot, ScoreOptions())
+    summary, _ = read(score_run(forgot, ScoreOptions(retain_model=learned / "start")))
+    assert summary["judge"] == str(learned / "start")
+
+
 def test_questions_and_texts_in_one_set(learned: Path, tmp_path: Path) -> None:
     """Each row by its kind: a question is answered, a text continued from its half against as many true tokens."""
     book = tmp_path / "book.txt"
@@ -138,5 +146,10 @@ def test_questions_and_texts_in_one_set(learned: Path, tmp_path: Path) -> None:
     assert [item["question"] is None for item in items] == [False] * 4 + [True] * 2
     for item in items[4:]:  # known by heart, so that the second half comes out as it stands
         assert item["answer"].endswith(item["generated"]) and item["rouge_f1"] == 1 and item["leaked"] is True
+    too_long = tmp_path / "long.jsonl"
+    rows = [{"question": "Who?", "answer": "Ann."}, {"question": "Who?", "answer": "Ann and " * 60}]
+    too_long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="--forget: text 2 has"):
+        score_run(learned / "start", ScoreOptions(forget=[str(too_long)]))
     with pytest.raises(InputError, match="--prefix begins answers, and the forget set is text without questions"):
         score_run(learned / "start", ScoreOptions(forget=[str(book)], prefixes=["Sure"]))

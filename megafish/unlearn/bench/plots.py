@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from megafish.audit.plots import COOL, INK, WARM, blank
 from megafish.unlearn.bench.plan import GOLDFISH, RETAIN, START, UTILITY_KEPT, WITHIN
+from megafish.unlearn.bench.table import mean_figure
 
 _BASELINES = {START: INK["light"]["text"], RETAIN: COOL["light"][0], GOLDFISH: COOL["light"][1]}
 _METHOD = WARM["light"][0]
@@ -142,11 +143,4 @@ def _models(records: Records) -> list[str]:
 
 
 def _mean(records: Records, name: str, *path: str) -> float:
-    found = []
-    for record in records:
-        if record["model"] == name:
-            value: Any = record["figures"]
-            for key in path:
-                value = value[key]
-            found.append(value)
-    return float(np.mean(found))
+    return mean_figure([record for record in records if record["model"] == name], *path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megafish.config import UnlearnConfig
+from megafish.config_unlearn import RMU
 from megafish.decode.generate import for_decoding
 from megafish.model.load import LoadedRun, load_run
 from megafish.unlearn import slots
@@ -104,7 +105,7 @@ def scored(exam: Exam, run: Path) -> dict[str, Any]:
         each.value: extraction(replace(loaded, model=rounded(loaded.model, each)), exam.sets["forget"], BATCH)
         for each in Rounding
     }
-    if loaded.config.unlearn is not None and loaded.config.unlearn.method in ("rmu", "adaptive_rmu"):
+    if loaded.config.unlearn is not None and loaded.config.unlearn.method in RMU:
         ablated = without_direction(loaded, exam.start, exam.sets["forget"].items)
         figures["ablated"] = {
             "extraction_strength": extraction(ablated, exam.sets["forget"], BATCH),

@@ -123,12 +123,12 @@ def verdict(name: str, by_model: dict[str, list[dict[str, Any]]]) -> str:
         return ""
     if any(record["figures"] is None for record in by_model[name]):
         return "diverged"
-    strength = _mean(by_model[name], "forget", "extraction_strength")
-    utility = _mean(by_model[name], "utility")
+    strength = mean_figure(by_model[name], "forget", "extraction_strength")
+    utility = mean_figure(by_model[name], "utility")
     if RETAIN not in by_model or START not in by_model:
         return ""
-    forgets = strength <= _mean(by_model[RETAIN], "forget", "extraction_strength") + WITHIN
-    keeps = utility >= UTILITY_KEPT * _mean(by_model[START], "utility")
+    forgets = strength <= mean_figure(by_model[RETAIN], "forget", "extraction_strength") + WITHIN
+    keeps = utility >= UTILITY_KEPT * mean_figure(by_model[START], "utility")
     return {(True, True): "yes", (True, False): "loses utility", (False, True): "remembers"}.get(
         (forgets, keeps), "remembers, loses utility"
     )
@@ -137,7 +137,7 @@ def verdict(name: str, by_model: dict[str, list[dict[str, Any]]]) -> str:
 def caution(records: Sequence[dict[str, Any]]) -> str | None:
     """A line where the model before has not learned the forget set by heart: nothing is removed that was not there."""
     before = [record for record in records if record["model"] == START and record["figures"] is not None]
-    strength = _mean(before, "forget", "extraction_strength") if before else 1.0
+    strength = mean_figure(before, "forget", "extraction_strength") if before else 1.0
     if strength >= MEMORIZED:
         return None
     return (
@@ -190,5 +190,6 @@ def _values(column: Column, records: Iterable[dict[str, Any]]) -> list[float] | 
     return found or None
 
 
-def _mean(records: Sequence[dict[str, Any]], *path: str) -> float:
+def mean_figure(records: Sequence[dict[str, Any]], *path: str) -> float:
+    """A figure's mean over records."""
     return float(np.mean([_at(*path)(record["figures"]) for record in records]))
