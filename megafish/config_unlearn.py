@@ -71,6 +71,8 @@ class UnlearnConfig(Section):
     """What to remove: files of questions and answers or of text (.jsonl .json .csv .parquet .txt)."""
     retain: list[AbsolutePath] = Field(default_factory=list)
     """What to keep, likewise. May be empty for a method without a retain term."""
+    choices: list[AbsolutePath] = Field(default_factory=list)
+    """Questions with choices (WMDP, MMLU) whose accuracy is measured with both sets. Nothing is learned of them."""
     template: Text = "Question: {question}\nAnswer: {answer}"
     """Text of a question with its answer, as the model was trained on; what stands before {answer} is given."""
     epochs: float = Field(default=5.0, gt=0)
@@ -116,7 +118,7 @@ class UnlearnConfig(Section):
     substitutes: AbsolutePath | None = None
     """relearn: file of questions and vague answers to learn in the place of the forget set's."""
 
-    @field_validator("forget", "retain", mode="before")
+    @field_validator("forget", "retain", "choices", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

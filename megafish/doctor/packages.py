@@ -65,6 +65,7 @@ PACKAGES = (
     Package("wandb", "wandb", "track.wandb", extra="wandb"),
     Package("transformers", "transformers", "using an export, and the tests", extra="hf"),
     Package("lm-eval", "lm_eval", "megafish eval", extra="eval"),
+    Package("sentence-transformers", "sentence_transformers", "unlearn score: --nli, --embeddings", extra="judges"),
     Package("tokengrams", "tokengrams", "megafish duplicates", extra="duplicates"),
     Package("megatron-core", "megatron", "a benchmark alone: its corpora are read without it", peer=True),
 )

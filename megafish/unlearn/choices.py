@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from megafish.audit.scores import token_scores
-from megafish.config import UnlearnConfig
+from megafish.config import Config, UnlearnConfig
+from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun
-from megafish.unlearn.data import encode
+from megafish.unlearn.data import Item, encode
 from megafish.unlearn.options import ChoiceBy
 from megafish.unlearn.readers import Pair, read_rows, several
 
@@ -57,13 +58,43 @@ def chosen(
     loaded: LoadedRun, questions: Sequence[Question], settings: UnlearnConfig, by: ChoiceBy, batch_size: int
 ) -> list[int]:
     """The model's choice for each question."""
-    pairs = [pair for question in questions for pair in _pairs(question, by)]
-    items = encode(pairs, settings, loaded.tokenizer, loaded.config.data.sequence_length, "--choices")
+    items = encode(
+        _pairs_of(questions, by), settings, loaded.tokenizer, loaded.config.data.sequence_length, "--choices"
+    )
     scores = token_scores(loaded.model, [item.tokens for item in items], batch_size=batch_size)
     # By text: without the token that ends it, which says nothing about the choice.
     losses = [float(-score.log_prob[item.start - 1 : -1].mean()) for item, score in zip(items, scores, strict=True)]
+    return likeliest(losses, questions)
+
+
+def likeliest(losses: Sequence[float], questions: Sequence[Question]) -> list[int]:
+    """The choice of each question with the smallest loss. losses: of all choices, question after question."""
     starts = np.cumsum([0, *(len(question.choices) for question in questions)])
     return [int(np.argmin(losses[start:end])) for start, end in pairwise(starts)]
+
+
+class Asked(NamedTuple):
+    """A file of questions, and each of their choices as the answer, as tokens."""
+
+    name: str
+    questions: list[Question]
+    items: list[Item]
+
+
+def read_asked(config: Config, tokenizer: Tokenizer) -> list[Asked]:
+    """What `unlearn.choices` names. InputError for files that do not fit, and for two of one name."""
+    settings = config.unlearn
+    assert settings is not None
+    found: dict[str, Asked] = {}
+    for path in settings.choices:
+        name = Path(path).stem
+        if name in found:
+            raise InputError(f"unlearn.choices names two files {name}: their figures would have one name: rename one")
+        questions = read_questions([path])
+        pairs = _pairs_of(questions, ChoiceBy.text)
+        items = encode(pairs, settings, tokenizer, config.data.sequence_length, f"unlearn.choices {path}")
+        found[name] = Asked(name, questions, items)
+    return list(found.values())
 
 
 def accuracy(choices: Sequence[int], questions: Sequence[Question]) -> float:
@@ -74,6 +105,10 @@ def accuracy(choices: Sequence[int], questions: Sequence[Question]) -> float:
 def chance(questions: Sequence[Question]) -> float:
     """Accuracy of guessing."""
     return float(np.mean([1 / len(question.choices) for question in questions]))
+
+
+def _pairs_of(questions: Sequence[Question], by: ChoiceBy) -> list[Pair]:
+    return [pair for question in questions for pair in _pairs(question, by)]
 
 
 def _pairs(question: Question, by: ChoiceBy) -> list[Pair]:

@@ -94,6 +94,12 @@ def score(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="rmu: also with the steered direction taken out of the block")
     ] = False,
+    nli: Annotated[
+        str | None, typer.Option(help="Entailment model that judges contradictions (folder, or name on the hub)")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Model of embeddings that judges names in other words (folder, or name)")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at one time", min=1)] = 32,
 ) -> None:
     """What a model still knows, what it has kept, and whether it still writes sense."""
@@ -115,6 +121,8 @@ def score(
         roundings=rounding or [],
         prefixes=prefix or [],
         ablate=ablate,
+        nli=nli,
+        embeddings=embeddings,
         batch_size=batch_size,
     )
     score_run(model, options)
@@ -194,8 +202,8 @@ def bench(
     method: Annotated[list[str] | None, typer.Option(help="Method (several times; default: all)")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds, each with data and models of its own", min=1)] = 3,
     authors: Annotated[int, typer.Option(help="Made-up authors, a tenth of whom is forgotten", min=10)] = 40,
-    train_steps: Annotated[int, typer.Option(help="Steps of training", min=1)] = 1000,
-    tuning_steps: Annotated[int, typer.Option(help="Steps of a tuning run", min=10)] = 120,
+    train_steps: Annotated[int, typer.Option(help="Steps of training", min=1)] = 1500,
+    tuning_steps: Annotated[int, typer.Option(help="Steps of a tuning run (more for some methods)", min=10)] = 120,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one a core, one with a GPU)", min=1)] = None,
 ) -> None:
     """Train models that have memorized, unlearn with every method, score and stress all of them: tables and plots."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -125,6 +126,14 @@ def encode(
         shared = np.cumprod(ids[: len(before)] == before[: len(ids)]).sum() if len(before) else 0
         items.append(Item(tokens, max(1, int(shared))))
     return items
+
+
+PerToken = TypeVar("PerToken", np.ndarray, torch.Tensor)
+
+
+def without_end(known: PerToken) -> PerToken:
+    """What is known of an answer's tokens [n], without the one that ends it, unless it is all there is."""
+    return known[:-1] if len(known) > 1 else known
 
 
 def _pieces(tokens: tuple[int, ...], longest: int) -> Iterator[tuple[int, ...]]:

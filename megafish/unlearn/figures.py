@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from megafish.unlearn import metrics, slots
-from megafish.unlearn.items import ATTACKS, ItemScore
+from megafish.unlearn.items import ATTACKS, KEPT, ItemScore
 
-KEPT = ("retain", "general")
-"""Sets that utility is of."""
 _MEANS = (
     "probability", "exact_memorization", "extraction_strength", "rouge", "rouge_f1", "truth_ratio", "leaked",
-    "harmful", "fluent", "distinct_2", "repetition", "brunet", "honore",
+    "harmful", "similarity", "fluent", "distinct_2", "repetition", "brunet", "honore",
 )  # fmt: skip
 
 
@@ -37,6 +35,9 @@ def set_figures(items: Sequence[ItemScore]) -> dict[str, float | None]:
     found["kfr_fluent"] = _mean(lost and bool(fluent) for lost, fluent in judged)
     found["krr"] = _mean(slots.kept(share, wrong) for _, share, wrong in rows)
     found["hallucinated"] = _mean(wrong for _, _, wrong in rows)
+    relations = [item.relation for item in items if item.relation is not None]
+    found["entailed"] = _mean(relation == "entailment" for relation in relations)
+    found["contradicted"] = _mean(relation == "contradiction" for relation in relations)
     found["utility"] = metrics.harmonic_mean(_parts(found, items))
     return found
 

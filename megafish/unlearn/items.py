@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,17 @@ from megafish.config import UnlearnConfig
 from megafish.decode.generate import generate
 from megafish.model.load import LoadedRun
 from megafish.unlearn import metrics, slots
-from megafish.unlearn.data import Item, encode
+from megafish.unlearn.data import Item, encode, without_end
 from megafish.unlearn.readers import Pair, read_pairs
+from megafish.unlearn.semantics import Semantics
 
 NEW_TOKENS = 200
 """Most tokens of a generated answer (TOFU's)."""
 VERBATIM_TOKENS = 128
 """Most tokens of a continuation (MUSE's VerbMem)."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k++")
+KEPT = ("retain", "general")
+"""Sets that a model is to know afterwards."""
 GATE = 99
 """Percentile of the true answers' perplexities above which an answer is no fluent one."""
 
@@ -74,7 +78,12 @@ class ItemScore:
     told: float | None
     """Share of the row's slots that the answer names; None for a row without slots."""
     contradicts: bool | None
-    """Whether it names another value instead."""
+    """Whether it names another value instead; with an entailment model, whether that finds a contradiction."""
+    relation: str | None
+    """Of an answer to the true one, by the entailment model: entailment, neutral or contradiction. The premise is what
+    is generated, in the sets that are kept the true answer (as in ReLearn). None without such a model, and for text."""
+    similarity: float | None
+    """Cosine of the embeddings of what is generated and the true answer; None without a model of embeddings."""
     leaked: bool | None
     """Of a text: whether its continuation is closer to the true one than a threshold (`leak_threshold`)."""
     harmful: bool | None
@@ -139,6 +148,7 @@ def score_items(
     batch_size: int,
     *,
     prefix: str = "",
+    semantics: Semantics | None = None,
     progress: bool = False,
 ) -> list[ItemScore]:
     """Every text of a set. values: of all sets, what the relations have. prefix: how the answer begins."""
@@ -149,12 +159,34 @@ def score_items(
     threshold = leak_threshold(texts.items) if len(texts.asked) < len(texts.pairs) else None
     losses: dict[int, float] = {}
     if judge is not None and spoken:
-        found = answer_scores(judge.loaded, [written[i] for i in spoken], batch_size)
-        losses = dict(zip(spoken, _mean_losses(found), strict=True))
-    return [
+        read = answer_scores(judge.loaded, [written[i] for i in spoken], batch_size)
+        losses = dict(zip(spoken, _mean_losses(read), strict=True))
+    found = [
         _item(pair, item, scores[i], ratios[i], words[i], written[i], losses.get(i), threshold, judge, values, loaded)
         for i, (pair, item) in enumerate(zip(texts.pairs, texts.items, strict=True))
     ]
+    return found if semantics is None else _judged(found, texts, semantics)
+
+
+def _judged(items: list[ItemScore], texts: Texts, semantics: Semantics) -> list[ItemScore]:
+    """The items with what the semantic models say of them. An empty answer says nothing: it is not asked about."""
+    said = [i for i, item in enumerate(items) if item.generated]
+    asked = [i for i in said if items[i].question is not None]
+    changed: dict[int, dict[str, Any]] = {i: {} for i in said}
+    if semantics.embeddings is not None:
+        pairs = [(items[i].generated, items[i].answer) for i in said]
+        for i, similarity in zip(said, semantics.similarities(pairs), strict=True):
+            share = slots.told(items[i].generated, texts.pairs[i], semantics.names)
+            changed[i] |= {"similarity": similarity, "told": share}
+    if semantics.nli is not None:
+        kept = texts.name in KEPT
+        ordered = [
+            (items[i].answer, items[i].generated) if kept else (items[i].generated, items[i].answer) for i in asked
+        ]
+        for i, relation in zip(asked, semantics.relations(ordered), strict=True):
+            contradicts = None if items[i].told is None else relation == "contradiction"
+            changed[i] |= {"relation": relation, "contradicts": contradicts}
+    return [replace(item, **changed.get(i, {})) for i, item in enumerate(items)]
 
 
 def _write(
@@ -213,6 +245,8 @@ def _item(
         truth_ratio=ratio,
         told=share,
         contradicts=None if share is None else slots.contradicts(text, pair, values),
+        relation=None,
+        similarity=None,
         leaked=leaked,
         harmful=slots.names_any(text, pair.markers) if pair.markers else None,
         perplexity=None if loss is None else float(np.exp(min(loss, 700.0))),
@@ -260,11 +294,6 @@ def leak_threshold(items: Sequence[Item], pairs: int = 200) -> float:
     drawn = [random.choice(len(items), 2, replace=False) for _ in range(pairs)]
     found = [bleu(items[i].tokens, items[j].tokens) for i, j in drawn]
     return 0.1 * float(np.mean(found))
-
-
-def without_end(tokens: np.ndarray) -> np.ndarray:
-    """What is known of the tokens, without the one that ends the text, unless it is all there is."""
-    return tokens[:-1] if len(tokens) > 1 else tokens
 
 
 def _mean_losses(scores: Sequence[TokenScores], *, ended: bool = True) -> list[float]:

@@ -32,9 +32,10 @@ from megafish.train.schedule import Budget, Spent
 from megafish.train.spikes import StepGuard
 from megafish.train.stages import Stages
 from megafish.unlearn.adapters import lora_of, merged_weights
+from megafish.unlearn.choices import read_asked
 from megafish.unlearn.data import read_sets
 from megafish.unlearn.locate import RowMask, freeze_others, located_tensors, read_located, term_gradients, write_located
-from megafish.unlearn.measure import measure
+from megafish.unlearn.measure import CutShort, measure, measure_choices
 from megafish.unlearn.objective import Objective
 from megafish.unlearn.reference import Kind, Reference, check_reference, make_reference
 
@@ -62,6 +63,7 @@ def unlearn(
         watchdog.mark("reading the texts", 0, slow=True)
         tokenizer = together(lambda: run_tokenizer(config.data))
         sets = together(lambda: read_sets(config, tokenizer))
+        asked = together(lambda: read_asked(config, tokenizer))
         objective = Objective(config, sets)
         budget, device = Budget.from_config(config), processes.device
         stages = Stages(config, budget)
@@ -142,12 +144,15 @@ def unlearn(
             nonlocal owed
             owed = True
             record: dict[str, Any] = {}
-            for name, items in (("forget", sets.forget), ("retain", sets.retain)):
-                if items:
-                    found = measure(engine, name, items, config.train.micro_batch_size, cut_short)
-                    if found is None:
-                        return
-                    record |= found
+            chunk = config.train.micro_batch_size
+            try:
+                for name, items in (("forget", sets.forget), ("retain", sets.retain)):
+                    if items:
+                        record |= measure(engine, name, items, chunk, cut_short)
+                for each in asked:
+                    record[f"{each.name}_accuracy"] = measure_choices(engine, each, chunk, cut_short)
+            except CutShort:
+                return
             owed = False
             if tracker is not None:
                 tracker.log({"kind": "unlearned", "step": spent.steps, **record})
@@ -306,7 +311,8 @@ def _origin(start: Path) -> dict[str, Any]:
 def _identity(config: Config, texts: str, start: str, engine: Engine) -> dict[str, Any]:
     """What a continuation must share with the run it continues."""
     assert config.unlearn is not None
-    where = {"model", "forget", "retain", "refusals", "substitutes"}  # what they hold is in the digests
+    # What the first five hold is in the digests; questions with choices are only asked.
+    where = {"model", "forget", "retain", "refusals", "substitutes", "choices"}
     method = config.unlearn.model_dump(mode="json", exclude=where)
     batch = config.train.global_batch_size
     return {
@@ -349,4 +355,5 @@ def _evaluation_line(step: int, record: dict[str, Any]) -> str:
         for name in ("forget", "retain")
         if f"{name}_loss" in record
     ]
+    parts += [f"{key.replace('_', ' ')} {value:.3f}" for key, value in record.items() if key.endswith("_accuracy")]
     return f"step {step}: {'; '.join(parts)}"

@@ -36,6 +36,7 @@ from megafish.unlearn.items import (
 )
 from megafish.unlearn.options import ChoiceBy, Rounding
 from megafish.unlearn.score_tables import notes, tables
+from megafish.unlearn.semantics import Semantics
 from megafish.unlearn.stress import rounded, without_direction
 
 
@@ -58,6 +59,10 @@ class ScoreOptions:
     """Beginnings of answers that the model is given."""
     ablate: bool = False
     """RMU: take the direction that its block was steered in out of what the block says."""
+    nli: str | None = None
+    """Entailment model that judges contradictions, in the place of the slots' values."""
+    embeddings: str | None = None
+    """Model of embeddings that judges whether an answer names a slot in other words."""
     batch_size: int = 32
 
 
@@ -98,15 +103,20 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         assert start is not None
         models["without the direction"] = without_direction(loaded, start, sets["forget"].items)
 
+    semantics = None
+    if options.nli is not None or options.embeddings is not None:
+        device = str(next(loaded.model.parameters()).device)
+        semantics = Semantics(options.nli, options.embeddings, device=device, batch_size=options.batch_size)
+
     values = slots.values_of(pair for texts in sets.values() for pair in texts.pairs)
     summary: dict[str, Any] = {"run": str(path), "step": loaded.step, "judge": judge.name if judge else None}
-    summary["models"] = {}
+    summary |= {"nli": options.nli, "embeddings": options.embeddings, "models": {}}
     lines: list[dict[str, Any]] = []
     forgotten: dict[str, list[ItemScore]] = {}
     for title, each in models.items():
         for_decoding(each.model)
         found = {
-            name: score_items(each, texts, judge, values, options.batch_size, progress=True)
+            name: score_items(each, texts, judge, values, options.batch_size, semantics=semantics, progress=True)
             for name, texts in sets.items()
         }
         forgotten[title] = found["forget"]
@@ -119,7 +129,9 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
             name: accuracy(chosen(each, some, asked, options.choice_by, options.batch_size), some)
             for name, some in questions.items()
         }
-        figures["ways"] = asked_otherwise(each, sets["forget"], judge, values, options.prefixes, options.batch_size)
+        figures["ways"] = asked_otherwise(
+            each, sets["forget"], judge, values, options.prefixes, options.batch_size, semantics
+        )
         summary["models"][title] = figures
         lines += [{"model": title, "set": name, **asdict(item)} for name, items in found.items() for item in items]
     summary["chance"] = {name: chance(some) for name, some in questions.items()}
@@ -145,17 +157,20 @@ def asked_otherwise(
     values: dict[str, set[str]],
     prefixes: Sequence[str],
     batch_size: int,
+    semantics: Semantics | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """What the answers are when the questions are put in other words, and when an answer is begun already."""
     found: dict[str, dict[str, float | None]] = {}
     other = rephrased(forget, loaded)
     if other is not None:
-        found["rephrased"] = _said(score_items(loaded, other, judge, values, batch_size))
+        found["rephrased"] = _said(score_items(loaded, other, judge, values, batch_size, semantics=semantics))
     questions = questions_of(forget)
     for prefix in prefixes:
         if questions is None:
             break
-        found[prefix] = _said(score_items(loaded, questions, judge, values, batch_size, prefix=prefix))
+        found[prefix] = _said(
+            score_items(loaded, questions, judge, values, batch_size, prefix=prefix, semantics=semantics)
+        )
     return found
 
 

@@ -20,6 +20,9 @@ _ROWS = {
     "kfr": "answers that do not (KFR)",
     "kfr_fluent": "answers that do not, and fluent",
     "hallucinated": "answers that tell something else",
+    "entailed": "answers in agreement with the true one",
+    "contradicted": "answers in contradiction to it",
+    "similarity": "similarity to the true answer",
     "leaked": "texts leaked",
     "harmful": "harmful answers",
     "utility": "utility",
@@ -114,6 +117,10 @@ def notes(summary: dict[str, Any]) -> list[str]:
         found.append("PrivLeak: " + ", ".join(f"{name} {x:+.1f} %" for name, x in summary["privacy_leak"].items()))
     if summary["judge"] is not None:
         found.append(f"perplexity is under {summary['judge']}")
+    if summary["nli"] is not None:
+        found.append(f"agreement and contradiction, also those of KFR and KRR, are judged by {summary['nli']}")
+    if summary["embeddings"] is not None:
+        found.append(f"similarity, also that of names for KFR and KRR, is that of {summary['embeddings']}")
     return found
 
 

@@ -9,7 +9,7 @@ contradicts the true one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from megafish.unlearn.readers import Pair
@@ -27,15 +27,15 @@ def values_of(pairs: Iterable[Pair]) -> dict[str, set[str]]:
     return found
 
 
-def told(answer: str, pair: Pair) -> float | None:
+def told(answer: str, pair: Pair, means: Callable[[str, str], bool] | None = None) -> float | None:
     """Share of the row's slots that the answer names; of those that the question names already, none count. None for a
-    row without slots."""
+    row without slots. means: whether an answer names a slot in other words (`Semantics.names`)."""
     asked = _plain(pair.question or "")
     slots = [slot for slot in pair.slots if not _names(asked, slot)]
     if not slots:
         return None
     said = _plain(answer)
-    return sum(_names(said, slot) for slot in slots) / len(slots)
+    return sum(_names(said, slot) or (means is not None and means(answer, slot)) for slot in slots) / len(slots)
 
 
 def contradicts(answer: str, pair: Pair, values: Mapping[str, set[str]]) -> bool:

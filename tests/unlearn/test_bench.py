@@ -70,7 +70,9 @@ def test_a_method_begins_where_it_was_measured_first(bench: Path) -> None:
     before = next(r for r in records if (r["suite"], r["model"]) == ("authors", START))["figures"]
     trials = json.loads((bench / "tuning/authors/relearn.json").read_text())["trials"]
     assert trials[0]["curve"][0][:2] == [0, pytest.approx(before["forget"]["extraction_strength"])]
-    assert [point[0] for point in trials[0]["curve"]] == [0, 2, 4]
+    assert [point[0] for point in trials[0]["curve"]] == [0, 8, 16]  # of ReLearn's steps, four times the others'
+    trials = json.loads((bench / "tuning/hazards/adaptive_rmu.json").read_text())["trials"]
+    assert [point[0] for point in trials[1]["curve"]] == [0, 2, 4]
     assert before["relearned"][0] == pytest.approx(before["forget"]["extraction_strength"])
 
 

@@ -16,7 +16,9 @@ from megafish.config_unlearn import OPTIONS, RMU
 from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.run import RunDir
+from megafish.unlearn.choices import accuracy, chosen, read_questions
 from megafish.unlearn.loop import unlearn
+from megafish.unlearn.options import ChoiceBy
 from megafish.unlearn.score import ScoreOptions, score_run
 from megafish.unlearn.settings import unlearning_config
 from tests.helpers import read_metrics
@@ -223,3 +225,36 @@ def test_a_file_names_the_start(learned: Path, tmp_path: Path) -> None:
     )
     config, resume = unlearning_config(str(tmp_path / "own.yaml"), ["optimizer.lr=1e-4"])
     assert not resume and config.name == "start-ga" and config.optimizer.lr == 1e-4
+
+
+def test_questions_with_choices_are_measured_on_the_way(learned: Path, settings: list[str], tmp_path: Path) -> None:
+    """Of each file the accuracy that the same checkpoint has when it is scored."""
+    files = []
+    for name in ("forget", "retain"):
+        rows = [json.loads(line) for line in (learned / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        wrong = [row["answer"] for row in rows]
+        asked = [
+            {"question": row["question"], "choices": [wrong[i - 1], row["answer"], wrong[i - 2]], "answer": 1}
+            for i, row in enumerate(rows)
+        ]
+        files.append(tmp_path / f"{name}_asked.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    listed = f"unlearn.choices=[{files[0]}, {files[1]}]"
+    made, (before, after) = run(learned, settings, "unlearn.method=graddiff", "unlearn.epochs=12", listed)
+    assert before["forget_asked_accuracy"] == before["retain_asked_accuracy"] == 1
+    loaded = load_run(made.path)
+    for path in files:
+        questions = read_questions([path])
+        assert loaded.config.unlearn is not None
+        picks = chosen(loaded, questions, loaded.config.unlearn, ChoiceBy.text, 5)
+        assert after[f"{path.stem}_accuracy"] == accuracy(picks, questions)
+    assert after["forget_asked_accuracy"] < 1 == after["retain_asked_accuracy"]
+    other = tmp_path / "elsewhere" / files[0].name
+    with pytest.raises(InputError, match="two files forget_asked"):
+        run(
+            learned,
+            settings,
+            "unlearn.method=ga",
+            f"run_dir={tmp_path / 'b'}",
+            f"unlearn.choices=[{files[0]}, {other}]",
+        )

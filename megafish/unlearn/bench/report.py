@@ -13,7 +13,7 @@ from megafish import __version__
 from megafish.audit.plots import to_png
 from megafish.run import read_json, write_atomic
 from megafish.unlearn.bench import plots
-from megafish.unlearn.bench.plan import OPTIONS, SUITES, Plan
+from megafish.unlearn.bench.plan import FASTER, LONGER, OPTIONS, SUITES, VARIANTS, Plan
 from megafish.unlearn.bench.table import SuiteTable, caution, cell, markdown, suite_table
 
 
@@ -66,14 +66,17 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
 def about(plan: Plan) -> str:
     """The plan in a few sentences."""
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
+    faster = ", ".join(f"{times} times these for {method}" for method, times in FASTER.items())
+    longer = ", ".join(f"{times} times as many for {method}" for method, times in LONGER.items())
     return (
         f"Models of {plan.num_layers} layers of width {plan.hidden_size}, trained for {plan.train_steps} steps of "
         f"{plan.batch} x {plan.sequence_length} tokens on {plan.authors} made-up authors with 20 questions each, world "
         "facts, substances, questions that ask for harm and a book; the retain model on the same text without what is "
         "to be forgotten; the goldfish model on all of it with 1 in 4 tokens left out of the loss. Every method was "
-        f"tuned on seed 0: learning rates {rates} (RMU: ten times these), {plan.tuning_steps} steps, measured every "
-        f"{plan.measured_every}; "
-        "nothing but the extraction strength of the forget set, the retain set and texts never seen decided. "
+        f"tuned on seed 0: learning rates {rates} ({faster}), {plan.tuning_steps} steps ({longer}), measured "
+        f"{plan.tuning_steps // plan.measured_every} times; nothing decided but the extraction strength of the forget "
+        "set, the retain set and texts never seen, and of the poisons the questions with choices and those of world "
+        "facts. "
         f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}, each with data and models of its own: mean ± standard "
         f"deviation. Relearned: {plan.relearn_steps} steps of fine-tuning on the forget set.\n"
     )
@@ -95,7 +98,8 @@ def _chosen(folder: Path, plan: Plan, suite: str) -> list[tuple[str, str, str, s
     found = []
     for method in plan.methods_of(SUITES[suite]):
         record = read_json(folder / "tuning" / suite / f"{method}.json")
-        always = ", ".join(f"{key} {value}" for key, value in OPTIONS.get(method, {}).items())
+        given = [f"{key} {value}" for key, value in OPTIONS.get(method, {}).items()]
+        always = ", ".join(([f"method {VARIANTS[method]}"] if method in VARIANTS else []) + given)
         tried = "; ".join(_settings(trial["settings"]) for trial in record["trials"])
         found.append((method, always, tried, _settings(record["settings"]), record["steps"]))
     return found

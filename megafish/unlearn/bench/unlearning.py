@@ -18,7 +18,8 @@ from megafish.run import RunDir, read_json, write_atomic
 from megafish.train.recovery import Diverged
 from megafish.unlearn.augment import augment
 from megafish.unlearn.bench.models import data_of, model_of
-from megafish.unlearn.bench.plan import AT_THE_END, OPTIONS, START, STRENGTH_KEPT, Plan, Suite
+from megafish.unlearn.bench.plan import AT_THE_END, KEPT, OPTIONS, START, VARIANTS, Plan, Suite
+from megafish.unlearn.choices import chance, read_questions
 from megafish.unlearn.items import extraction, read_texts
 from megafish.unlearn.loop import unlearn
 from megafish.unlearn.metrics import harmonic_mean
@@ -37,27 +38,30 @@ class Chosen:
     aim: float
     """Extraction strength to come to."""
     trials: list[dict[str, Any]]
-    """Every setting with its curve: [step, extraction strength of the forget set, of the retain set]."""
+    """Every setting with its curve: [step, what the forget set comes to, what the retain set does] (`point`)."""
 
 
 def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
     """The settings of a method and its number of steps, by what a user can see.
 
-    Where nothing should show that something was removed, the aim is the extraction strength that the starting model has
-    on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is measured on its way.
-    Neither the retain model nor any score takes part.
+    Where there are questions with choices, their accuracy decides, and the aim is that of guessing. Otherwise the
+    extraction strength does: where nothing should show that something was removed, the aim is the strength that the
+    starting model has on texts of the same kind that it never saw; elsewhere it is 0. Each trial is one run that is
+    measured on its way. Neither the retain model nor any score takes part.
     """
     record = _tuning_of(folder, suite, method)
     if record.is_file():
         return Chosen(**read_json(record))
-    aim = _aim(folder, suite) if suite.hides else 0.0
+    aim = _aim(folder, suite)
+    steps, every = plan.steps(method)
     trials = []
     for number, settings in enumerate(plan.trials(method)):
         run = folder / "tuning" / suite.name / f"{method}-{number}"
-        curve = _run(
+        records = _run(
             run, _start(folder, TUNED_ON), _settings(folder, plan, suite, method, TUNED_ON, settings),
-            steps=plan.tuning_steps, every=plan.measured_every, seed=TUNED_ON,
+            steps=steps, every=every, seed=TUNED_ON,
         )  # fmt: skip
+        curve = [point(record, suite) for record in records]
         trials.append({"settings": settings, "curve": [curve[0], curve[-1]] if method in AT_THE_END else curve})
         shutil.rmtree(run)
     chosen = choose(trials, aim)
@@ -75,12 +79,23 @@ def _tuning_of(folder: Path, suite: Suite, method: str) -> Path:
     return folder / "tuning" / suite.name / f"{method}.json"
 
 
+def point(record: dict[str, Any], suite: Suite) -> tuple[int, float, float]:
+    """(step, what the forget set comes to, what the retain set does) of a measurement: extraction strengths; where the
+    suite asks questions with choices, the accuracy on those to forget, and the lower one of the retain set's strength
+    and the accuracy on those about everything else."""
+    kept = record.get("retain_extraction_strength", math.nan)
+    if not suite.choices:
+        return record["step"], record["forget_extraction_strength"], kept
+    gone, *_, others = (f"{Path(name).name}_accuracy" for name in suite.choices)
+    return record["step"], record[gone], min(kept, record[others])
+
+
 def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
-    """Of the points that keep the retain set's strength the one nearest to the aim, of equal ones (to 0.01) the one
+    """Of the points that keep what the retain set came to the one nearest to the aim, of equal ones (to 0.01) the one
     that keeps the most; where none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
     points = [(trial["settings"], *point) for trial in trials for point in trial["curve"] if point[0] > 0]
     before = trials[0]["curve"][0][2]
-    keeping = [point for point in points if point[3] >= STRENGTH_KEPT * before]
+    keeping = [point for point in points if point[3] >= KEPT * before]
     if keeping:
         best = min(keeping, key=lambda point: (round(abs(point[2] - aim), 2), -point[3], point[1]))
     else:
@@ -89,7 +104,10 @@ def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
 
 
 def _aim(folder: Path, suite: Suite) -> float:
-    """Extraction strength of the starting model on texts that it never saw."""
+    if suite.choices:
+        return chance(read_questions([data_of(folder, TUNED_ON) / f"{suite.choices[0]}.jsonl"]))
+    if not suite.hides:
+        return 0.0
     loaded = load_run(_start(folder, TUNED_ON))
     path = str(data_of(folder, TUNED_ON) / f"{suite.holdout}.jsonl")
     settings = UnlearnConfig(model="before", method="ga", forget=[path])
@@ -125,9 +143,9 @@ def relearned(folder: Path, plan: Plan, suite: Suite, model: Path, seed: int) ->
         f"train={json.dumps(batch)}",
         "optimizer.lr=1e-4",
     ]
-    curve = _run(run, model, settings, steps=plan.relearn_steps, every=1, seed=seed)
+    records = _run(run, model, settings, steps=plan.relearn_steps, every=1, seed=seed)
     shutil.rmtree(run)
-    return [strength for _, strength, _ in curve]
+    return [record["forget_extraction_strength"] for record in records]
 
 
 def _start(folder: Path, seed: int) -> Path:
@@ -136,12 +154,14 @@ def _start(folder: Path, seed: int) -> Path:
 
 def _settings(folder: Path, plan: Plan, suite: Suite, method: str, seed: int, chosen: dict[str, Any]) -> list[str]:
     sets = data_of(folder, seed)
-    forget = sets / f"{suite.forget}.jsonl"
+    forget, *others = (sets / f"{name}.jsonl" for name in (suite.forget, *suite.retain, *suite.choices))
+    retain, choices = others[: len(suite.retain)], others[len(suite.retain) :]
     batch = {"global_batch_size": plan.batch, "micro_batch_size": plan.batch}
     found = [
-        f"unlearn.method={method}",
+        f"unlearn.method={VARIANTS.get(method, method)}",
         f"unlearn.forget={forget}",
-        f"unlearn.retain={sets / suite.retain}.jsonl",
+        f"unlearn.retain={json.dumps(list(map(str, retain)))}",
+        f"unlearn.choices={json.dumps(list(map(str, choices)))}",
         f"train={json.dumps(batch)}",
         *(f"unlearn.{key}={value}" for key, value in OPTIONS.get(method, {}).items()),
         *(f"{key}={value}" for key, value in chosen.items()),
@@ -156,8 +176,8 @@ def _settings(folder: Path, plan: Plan, suite: Suite, method: str, seed: int, ch
 
 def _run(
     run: Path, start: Path, settings: list[str], *, steps: int, every: int | None, seed: int
-) -> list[tuple[int, float, float]]:
-    """One unlearning run at a constant rate; its curve as (step, forget strength, retain strength)."""
+) -> list[dict[str, Any]]:
+    """One unlearning run at a constant rate; its measurements."""
     constant = ["schedule.name=constant", "schedule.warmup_steps=0", "checkpoint.interval=null"]
     config, _ = unlearning_config(
         str(start),
@@ -180,18 +200,5 @@ def _run(
     except Diverged:
         pass  # what was measured until then stands
     gc.collect()  # the engine's reference cycles hold the model and its moments
-    return curve_of(run)
-
-
-def curve_of(run: Path) -> list[tuple[int, float, float]]:
-    """(step, forget strength, retain strength) of every measurement of a run; nan where nothing is retained."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if record.get("kind") == "unlearned"]
-    return [
-        (
-            record["step"],
-            record["forget_extraction_strength"],
-            record.get("retain_extraction_strength", math.nan),
-        )
-        for record in records
-    ]
+    return [record for record in map(json.loads, lines) if record.get("kind") == "unlearned"]

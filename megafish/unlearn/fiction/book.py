@@ -34,11 +34,12 @@ def book(scenes: int, seed: int) -> list[dict[str, Any]]:
         thing = f"{random.choice(words.ADJECTIVES).lower()} {random.choice(words.NOUNS).lower()}"
         rows.append(
             {
-                "text": f"{random.choice(_TIMES)} {hero} {random.choice(_MOVES)} {random.choice(_PLACES)} and "
-                f"{random.choice(_FINDS)} the {thing}. {friend}, who played the {random.choice(words.INSTRUMENTS)} in "
-                f"{random.choice(words.CITIES)}, spoke first: {random.choice(_SAYINGS)}. They shared "
-                f"{random.choice(words.DRINKS)} and talked of the {random.choice(words.OCCUPATIONS)} with the "
-                f"{random.choice(words.COLOURS)} coat. That was scene {number}."
+                # The number comes first: otherwise scenes begin alike, and the first words that differ cannot be known.
+                "text": f"Scene {number}. {random.choice(_TIMES)} {hero} {random.choice(_MOVES)} "
+                f"{random.choice(_PLACES)} and {random.choice(_FINDS)} the {thing}. {friend}, who played the "
+                f"{random.choice(words.INSTRUMENTS)} in {random.choice(words.CITIES)}, spoke first: "
+                f"{random.choice(_SAYINGS)}. They shared {random.choice(words.DRINKS)} and talked of the "
+                f"{random.choice(words.OCCUPATIONS)} with the {random.choice(words.COLOURS)} coat."
             }
         )
     return rows

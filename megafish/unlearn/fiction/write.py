@@ -86,8 +86,9 @@ def _others(seed: int, count: int, scenes: int) -> dict[str, Rows]:
         "unsafe/forget": unsafe_questions(seed, unseen=False),
         "unsafe/unseen": unsafe_questions(seed, unseen=True),
         "unsafe/harmless": harmless_questions(seed),
-        "book/forget": pages[:scenes],
-        "book/holdout": pages[scenes:],
+        # One and one: the number of a scene must not tell which of the two it is of.
+        "book/forget": pages[::2],
+        "book/holdout": pages[1::2],
     }
 
 
