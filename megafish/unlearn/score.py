@@ -16,24 +16,14 @@ from rich.console import Console
 
 from megafish.config import UnlearnConfig
 from megafish.config_unlearn import RMU
-from megafish.decode.generate import for_decoding
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun, load_run
 from megafish.run import write_atomic
 from megafish.unlearn import slots
-from megafish.unlearn.choices import accuracy, chance, chosen, read_questions
-from megafish.unlearn.figures import compare, set_figures, utility
-from megafish.unlearn.items import (
-    ItemScore,
-    Judge,
-    Texts,
-    make_judge,
-    membership,
-    questions_of,
-    read_texts,
-    rephrased,
-    score_items,
-)
+from megafish.unlearn.choices import chance, read_questions
+from megafish.unlearn.exam import Exam, examine
+from megafish.unlearn.figures import compare
+from megafish.unlearn.items import ItemScore, make_judge, questions_of, read_texts
 from megafish.unlearn.options import ChoiceBy, Rounding
 from megafish.unlearn.score_tables import notes, tables
 from megafish.unlearn.semantics import Semantics
@@ -83,58 +73,56 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         raise InputError(f"{path}: not an unlearning run: name the texts with --forget FILE")
     asked = settings or UnlearnConfig(model=str(path), method="ga", forget=named["forget"])
     sets = {name: read_texts(name, files, asked, loaded) for name, files in named.items() if files}
-    unseen = read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None
-    questions = {name: read_questions([name]) for name in options.choices}
-
     if options.prefixes and questions_of(sets["forget"]) is None:
         raise InputError("--prefix begins answers, and the forget set is text without questions: leave it out")
-    models = {"model": loaded}
     if options.ablate and (settings is None or settings.method not in RMU):
         raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
+    questions = {name: read_questions([name]) for name in options.choices}
+    semantics = None
+    if options.nli is not None or options.embeddings is not None:
+        device = str(next(loaded.model.parameters()).device)
+        semantics = Semantics(options.nli, options.embeddings, device=device, batch_size=options.batch_size)
+
+    models = {"model": loaded}
     if options.retain_model is not None:
         models["retain model"] = peer_of(options.retain_model, loaded)
     # The starting model may be gone where neither of these asks for it.
     judged_by = options.retain_model or (settings.model if settings else None)
     start = peer_of(settings.model, loaded) if settings and (options.ablate or judged_by == settings.model) else None
     by = models.get("retain model", start)
-    judge = None if by is None else make_judge(by, str(judged_by), list(sets.values()), options.batch_size)
+    exam = Exam(
+        settings=asked,
+        sets=sets,
+        values=slots.values_of(pair for texts in sets.values() for pair in texts.pairs),
+        judge=None if by is None else make_judge(by, str(judged_by), list(sets.values()), options.batch_size),
+        holdout=read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None,
+        questions=questions,
+        choice_by=options.choice_by,
+        prefixes=options.prefixes,
+        semantics=semantics,
+        batch_size=options.batch_size,
+    )
     models |= {each.value: replace(loaded, model=rounded(loaded.model, each)) for each in options.roundings}
     if options.ablate:
         assert start is not None
         models["without the direction"] = without_direction(loaded, start, sets["forget"].items)
 
-    semantics = None
-    if options.nli is not None or options.embeddings is not None:
-        device = str(next(loaded.model.parameters()).device)
-        semantics = Semantics(options.nli, options.embeddings, device=device, batch_size=options.batch_size)
-
-    values = slots.values_of(pair for texts in sets.values() for pair in texts.pairs)
-    summary: dict[str, Any] = {"run": str(path), "step": loaded.step, "judge": judge.name if judge else None}
-    summary |= {"nli": options.nli, "embeddings": options.embeddings, "models": {}}
+    summary: dict[str, Any] = {
+        "run": str(path),
+        "step": loaded.step,
+        "judge": None if exam.judge is None else exam.judge.name,
+        "nli": options.nli,
+        "embeddings": options.embeddings,
+        "chance": {name: chance(some) for name, some in questions.items()},
+        "models": {},
+    }
     lines: list[dict[str, Any]] = []
     forgotten: dict[str, list[ItemScore]] = {}
     for title, each in models.items():
-        for_decoding(each.model)
-        found = {
-            name: score_items(each, texts, judge, values, options.batch_size, semantics=semantics, progress=True)
-            for name, texts in sets.items()
-        }
-        forgotten[title] = found["forget"]
-        figures: dict[str, Any] = {name: set_figures(items) for name, items in found.items()}
+        found, figures = examine(each, exam, progress=True)
         figures["forget"]["utility"] = None  # of what is kept
-        figures["utility"] = utility(found)
-        if unseen is not None:
-            figures["membership"] = membership(each, sets["forget"], unseen, options.batch_size)
-        figures["choices"] = {
-            name: accuracy(chosen(each, some, asked, options.choice_by, options.batch_size), some)
-            for name, some in questions.items()
-        }
-        figures["ways"] = asked_otherwise(
-            each, sets["forget"], judge, values, options.prefixes, options.batch_size, semantics
-        )
-        summary["models"][title] = figures
+        summary["models"][title], forgotten[title] = figures, found["forget"]
         lines += [{"model": title, "set": name, **asdict(item)} for name, items in found.items() for item in items]
-    summary["chance"] = {name: chance(some) for name, some in questions.items()}
     if "retain model" in models:
         summary |= compare(summary["models"], forgotten)
 
@@ -148,35 +136,6 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         console.print(note, highlight=False)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
-
-
-def asked_otherwise(
-    loaded: LoadedRun,
-    forget: Texts,
-    judge: Judge | None,
-    values: dict[str, set[str]],
-    prefixes: Sequence[str],
-    batch_size: int,
-    semantics: Semantics | None = None,
-) -> dict[str, dict[str, float | None]]:
-    """What the answers are when the questions are put in other words, and when an answer is begun already."""
-    found: dict[str, dict[str, float | None]] = {}
-    other = rephrased(forget, loaded)
-    if other is not None:
-        found["rephrased"] = _said(score_items(loaded, other, judge, values, batch_size, semantics=semantics))
-    questions = questions_of(forget)
-    for prefix in prefixes:
-        if questions is None:
-            break
-        found[prefix] = _said(
-            score_items(loaded, questions, judge, values, batch_size, prefix=prefix, semantics=semantics)
-        )
-    return found
-
-
-def _said(items: Sequence[ItemScore]) -> dict[str, float | None]:
-    figures = set_figures(items)
-    return {name: figures[name] for name in ("rouge", "kfr", "kfr_fluent", "harmful")}
 
 
 def peer_of(path: str | Path, loaded: LoadedRun) -> LoadedRun:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megafish.model.load import load_run
+from megafish.unlearn.choices import accuracy, chosen, read_questions
+from megafish.unlearn.options import ChoiceBy
 from tests.distributed.test_resume import kill_tree, wait_for_step, without_timings
 from tests.helpers import Launch, finish, read_metrics
 
@@ -65,14 +68,21 @@ def test_killed_and_resumed(
 
 
 def test_two_processes_do_what_one_does(launch: Launch, begun: list[str], tmp_path: Path) -> None:
-    records = []
+    records, asked = [], tmp_path / "asked.jsonl"
+    choices = [f"It is {i} forget." for i in range(3)]
+    rows = [{"question": f"What is forget {i}?", "choices": choices, "answer": i % 3} for i in range(7)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for processes, stage in ((1, 0), (2, 3)):
         run = tmp_path / f"on_{processes}"
         own = ["unlearn.method=relearn", f"unlearn.substitutes={tmp_path / 'vague.jsonl'}", "optimizer.lr=1e-3"]
         (tmp_path / "vague.jsonl").write_text('{"question": "What is it?", "answer": "Hard to say."}\n' * 6)
-        finish(launch(processes, *begun, *own, f"engine.zero_stage={stage}", "train.steps=5", f"run_dir={run}"))
+        own += [f"unlearn.choices={asked}", f"engine.zero_stage={stage}", "train.steps=5"]
+        finish(launch(processes, *begun, *own, f"run_dir={run}"))
         records.append(read_metrics(run)["train"])
-        assert load_run(run).step == 5
+        loaded, questions = load_run(run, device="cpu"), read_questions([asked])
+        assert loaded.step == 5 and loaded.config.unlearn is not None
+        picks = chosen(loaded, questions, loaded.config.unlearn, ChoiceBy.text, 8)
+        assert read_metrics(run)["unlearned"][-1]["asked_accuracy"] == accuracy(picks, questions)
     for one, two in zip(*records, strict=True):
         for key in ("loss", "forget_loss", "retain_loss", "grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=2e-5, abs=1e-7), (one["step"], key)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from megafish.config import load_config
 from megafish.data.prepare import prepare
@@ -46,10 +47,12 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents), encoding="utf-8")
     train_tokenizer([text], folder / "tokenizer.model", 400)
     prepare([text], folder / "corpus", folder / "tokenizer.model", valid_fraction=0.0)
+    config = load_config("tiny", [*RUN, f"data.train={folder / 'corpus'}", "name=start", f"run_dir={folder / 'start'}"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # the same model on any number of cores
     with place_kept():
-        train(
-            load_config("tiny", [*RUN, f"data.train={folder / 'corpus'}", "name=start", f"run_dir={folder / 'start'}"])
-        )
+        train(config)
+    torch.set_num_threads(threads)
     return folder
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from megafish.config import UnlearnConfig
+from megafish.config_unlearn import OPTIONS as METHODS
 from megafish.errors import InputError
 from megafish.progress import track
 from megafish.unlearn.bench.bench import run_bench
-from megafish.unlearn.bench.plan import ALL, GOLDFISH, RETAIN, START, SUITES, Plan, named
+from megafish.unlearn.bench.plan import ALL, GOLDFISH, OPTIONS, RETAIN, START, SUITES, VARIANTS, Plan, named
 from megafish.unlearn.bench.pool import run_all
 from megafish.unlearn.bench.table import COLUMNS, caution, cell, markdown, suite_table, verdict
-from megafish.unlearn.bench.unlearning import choose
+from megafish.unlearn.bench.unlearning import choose, point
 from tests.helpers import place_kept
 
 SMALL = Plan(
@@ -122,6 +124,23 @@ def test_what_tuning_chooses() -> None:
     # None keeps enough: harmonic mean of (1 - forget, retain).
     chosen = choose([quick, trial(5e-4, (10, 0.5, 0.6))], 0.25)
     assert (chosen.settings, chosen.steps) == ({"optimizer.lr": 1e-3}, 10)
+
+
+def test_what_a_point_of_a_curve_is() -> None:
+    """Strengths; with choices, the accuracy on the questions to forget, and the lower of what is kept."""
+    measured = {"step": 20, "forget_extraction_strength": 0.1, "retain_extraction_strength": 0.99}
+    assert point(measured, SUITES["authors"]) == (20, 0.1, 0.99)
+    measured |= {"forget_accuracy": 0.3, "general_accuracy": 0.98}
+    assert point(measured, SUITES["hazards"]) == (20, 0.3, 0.98)
+    assert point(measured | {"retain_extraction_strength": 0.9}, SUITES["hazards"]) == (20, 0.3, 0.9)
+
+
+def test_every_variant_is_a_method_with_settings_of_its_own() -> None:
+    assert set(ALL) - set(METHODS) == set(VARIANTS) and set(METHODS) <= set(ALL)
+    for name, method in VARIANTS.items():
+        plain = {"model": "a", "method": method, "forget": ["f"], "retain": ["r"]}
+        variant = UnlearnConfig.model_validate({**plain, **OPTIONS[name]})
+        assert variant != UnlearnConfig.model_validate(plain)
 
 
 def record(model: str, seed: int, strength: float, utility: float) -> dict[str, Any]:

@@ -109,7 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "npo_lora": {"lora_rank": 8},
     "npo_sure": {"sure_percentile": 99},
 }
-# Learning rates that are so many times the others': RMU trains three matrices, LoRA small factors, SURE some rows alone.
+# Learning rates that are so many times the others': RMU trains three matrices, LoRA small factors, SURE some rows.
 FASTER = {"rmu": 10, "adaptive_rmu": 10, "npo_lora": 10, "npo_sure": 5}
 # Steps of a tuning run that are so many times the others': ReLearn has ten texts to learn for each one to forget; LLMU
 # comes to its mismatched answers late; of a step of SURE's a hundredth of the rows gets something.

@@ -49,14 +49,14 @@ COLUMNS = (
     Column("leaked", "memory", _at("forget", "leaked")),
     Column("harmful", "memory", _at("forget", "harmful")),
     Column("harmful, new questions", "memory", _at("holdout", "harmful")),
-    Column("hazard questions right", "memory", _at("choices", "hazards/forget", "accuracy")),
+    Column("hazard questions right", "memory", _at("choices", "hazards/forget")),
     Column("forget quality, p", "privacy", _at("forget_quality", "p_value"), ".1g"),
     Column("membership AUC", "privacy", _at("membership", "loss")),
     Column("PrivLeak [%]", "privacy", _at("privacy_leak", "loss"), "+.0f"),
     Column("utility", "utility", _at("utility")),
     Column("KRR", "utility", _at("retain", "krr")),
-    Column("neighbouring questions right", "utility", _at("choices", "hazards/neighbour", "accuracy")),
-    Column("general questions right", "utility", _at("choices", "hazards/general", "accuracy")),
+    Column("neighbouring questions right", "utility", _at("choices", "hazards/neighbour")),
+    Column("general questions right", "utility", _at("choices", "hazards/general")),
     Column("fluent on the forget set", "utility", _at("forget", "fluent")),
     Column("perplexity there", "utility", _at("forget", "perplexity"), ".3g"),
     Column("Linguistic Score there", "utility", _at("forget", "linguistic_score"), ".2g"),
@@ -69,7 +69,7 @@ COLUMNS = (
     Column("strength in int4", "stress", _at("rounded", "int4")),
     Column("strength relearned", "stress", _last),
     Column("strength without RMU's direction", "stress", _at("ablated", "extraction_strength")),
-    Column("hazard questions without it", "stress", _at("ablated", "choices", "hazards/forget", "accuracy")),
+    Column("hazard questions without it", "stress", _at("ablated", "choices", "hazards/forget")),
 )
 
 
