@@ -78,7 +78,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "hf": ["transformers>=4.45"],
         "eval": ["lm-eval>=0.4.13"],
-        "judges": ["sentence-transformers>=5"],
+        "judges": ["sentence-transformers>=6"],
         "duplicates": ["tokengrams>=0.3.3"],
         # What benchmarks/kernels_static.py compiles beside our own kernels; Liger imports transformers.
         "bench": [
@@ -98,7 +98,7 @@ setup(
             "transformers>=4.45",
             "wandb>=0.17",
             "lm-eval>=0.4.13",
-            "sentence-transformers>=5",
+            "sentence-transformers>=6",
             # Its wheels end with Python 3.11; from source it needs a Rust compiler.
             "tokengrams>=0.3.3; python_version < '3.12'",
             "accelerate>=1.1",  # lm-eval's own class for Hugging Face models, which the tests compare with

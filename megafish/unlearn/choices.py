@@ -14,7 +14,7 @@ from megafish.config import Config, UnlearnConfig
 from megafish.data.tokenizer import Tokenizer
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun
-from megafish.unlearn.data import Item, encode
+from megafish.unlearn.data import Item, encode, without_end
 from megafish.unlearn.options import ChoiceBy
 from megafish.unlearn.readers import Pair, read_rows, several
 
@@ -55,15 +55,21 @@ def read_questions(paths: Sequence[str | Path]) -> list[Question]:
 
 
 def chosen(
-    loaded: LoadedRun, questions: Sequence[Question], settings: UnlearnConfig, by: ChoiceBy, batch_size: int
+    loaded: LoadedRun,
+    questions: Sequence[Question],
+    settings: UnlearnConfig,
+    by: ChoiceBy,
+    batch_size: int,
+    name: str = "",
 ) -> list[int]:
-    """The model's choice for each question."""
-    items = encode(
-        _pairs_of(questions, by), settings, loaded.tokenizer, loaded.config.data.sequence_length, "--choices"
-    )
+    """The model's choice for each question. name: the file's, for errors."""
+    longest = loaded.config.data.sequence_length
+    items = _encoded(questions, by, settings, loaded.tokenizer, longest, f"--choices {name}".strip())
     scores = token_scores(loaded.model, [item.tokens for item in items], batch_size=batch_size)
     # By text: without the token that ends it, which says nothing about the choice.
-    losses = [float(-score.log_prob[item.start - 1 : -1].mean()) for item, score in zip(items, scores, strict=True)]
+    losses = [
+        float(-without_end(score.log_prob[item.start - 1 :]).mean()) for item, score in zip(items, scores, strict=True)
+    ]
     return likeliest(losses, questions)
 
 
@@ -91,8 +97,8 @@ def read_asked(config: Config, tokenizer: Tokenizer) -> list[Asked]:
         if name in found:
             raise InputError(f"unlearn.choices names two files {name}: their figures would have one name: rename one")
         questions = read_questions([path])
-        pairs = _pairs_of(questions, ChoiceBy.text)
-        items = encode(pairs, settings, tokenizer, config.data.sequence_length, f"unlearn.choices {path}")
+        longest = config.data.sequence_length
+        items = _encoded(questions, ChoiceBy.text, settings, tokenizer, longest, f"unlearn.choices {path}")
         found[name] = Asked(name, questions, items)
     return list(found.values())
 
@@ -107,8 +113,20 @@ def chance(questions: Sequence[Question]) -> float:
     return float(np.mean([1 / len(question.choices) for question in questions]))
 
 
-def _pairs_of(questions: Sequence[Question], by: ChoiceBy) -> list[Pair]:
-    return [pair for question in questions for pair in _pairs(question, by)]
+def _encoded(
+    questions: Sequence[Question],
+    by: ChoiceBy,
+    settings: UnlearnConfig,
+    tokenizer: Tokenizer,
+    longest: int,
+    where: str,
+) -> list[Item]:
+    """All choices, question after question."""
+    return [
+        item
+        for number, question in enumerate(questions, start=1)
+        for item in encode(_pairs(question, by), settings, tokenizer, longest, f"{where}: row {number}")
+    ]
 
 
 def _pairs(question: Question, by: ChoiceBy) -> list[Pair]:

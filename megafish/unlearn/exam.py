@@ -26,9 +26,9 @@ class Exam:
     """forget, and what is there of retain and general."""
     values: Mapping[str, set[str]]
     """Of all sets, what the relations of their slots have."""
+    questions: Mapping[str, Sequence[Question]]
     judge: Judge | None
     holdout: Texts | None = None
-    questions: Mapping[str, Sequence[Question]] | None = None
     choice_by: ChoiceBy = ChoiceBy.text
     prefixes: Sequence[str] = ()
     semantics: Semantics | None = None
@@ -61,8 +61,8 @@ def figures_of(loaded: LoadedRun, exam: Exam, texts: Texts) -> dict[str, float |
 def right_choices(loaded: LoadedRun, exam: Exam) -> dict[str, float]:
     """Accuracy on each file of questions with choices."""
     return {
-        name: accuracy(chosen(loaded, some, exam.settings, exam.choice_by, exam.batch_size), some)
-        for name, some in (exam.questions or {}).items()
+        name: accuracy(chosen(loaded, some, exam.settings, exam.choice_by, exam.batch_size, name), some)
+        for name, some in exam.questions.items()
     }
 
 
@@ -73,9 +73,9 @@ def _asked_otherwise(loaded: LoadedRun, exam: Exam) -> dict[str, dict[str, float
     if other is not None:
         found["rephrased"] = figures_of(loaded, exam, other)
     questions = questions_of(exam.sets["forget"])
-    for prefix in exam.prefixes if questions is not None else ():
-        assert questions is not None
-        found[prefix] = set_figures(_scored(loaded, exam, questions, prefix=prefix))
+    if questions is not None:
+        for prefix in exam.prefixes:
+            found[prefix] = set_figures(_scored(loaded, exam, questions, prefix=prefix))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megafish.unlearn import metrics, slots
-from megafish.unlearn.items import ATTACKS, KEPT, ItemScore
+from megafish.unlearn.items import ATTACKS, KEPT_SETS, ItemScore
 
 _MEANS = (
     "probability", "exact_memorization", "extraction_strength", "rouge", "rouge_f1", "truth_ratio", "leaked",
@@ -44,7 +44,7 @@ def set_figures(items: Sequence[ItemScore]) -> dict[str, float | None]:
 
 def utility(sets: Mapping[str, Sequence[ItemScore]]) -> float | None:
     """TOFU's model utility: the harmonic mean of probability, ROUGE-L recall and truth of every set that is kept."""
-    parts = [part for name in KEPT if name in sets for part in _parts(set_figures(sets[name]), sets[name])]
+    parts = [part for name in KEPT_SETS if name in sets for part in _parts(set_figures(sets[name]), sets[name])]
     return metrics.harmonic_mean(parts) if parts else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ NEW_TOKENS = 200
 VERBATIM_TOKENS = 128
 """Most tokens of a continuation (MUSE's VerbMem)."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k++")
-KEPT = ("retain", "general")
+KEPT_SETS = ("retain", "general")
 """Sets that a model is to know afterwards."""
 GATE = 99
 """Percentile of the true answers' perplexities above which an answer is no fluent one."""
@@ -76,14 +76,16 @@ class ItemScore:
     truth_ratio: float | None
     """None where the row has no paraphrase or no wrong answers."""
     told: float | None
-    """Share of the row's slots that the answer names; None for a row without slots."""
+    """Share of the row's slots that the answer names, with embeddings also in other words; None for a row without."""
     contradicts: bool | None
     """Whether it names another value instead; with an entailment model, whether that finds a contradiction."""
     relation: str | None
-    """Of an answer to the true one, by the entailment model: entailment, neutral or contradiction. The premise is what
-    is generated, in the sets that are kept the true answer (as in ReLearn). None without such a model, and for text."""
+    """Of an answer to the true one, by the entailment model: entailment, neutral (an empty one too) or contradiction.
+    The premise is what is generated, in the sets that are kept the true answer (as in ReLearn). None without such a
+    model, and for text."""
     similarity: float | None
-    """Cosine of the embeddings of what is generated and the true answer; None without a model of embeddings."""
+    """Cosine of the embeddings of what is generated and the true answer, or the true continuation; 0 where nothing is
+    generated, None without a model of embeddings."""
     leaked: bool | None
     """Of a text: whether its continuation is closer to the true one than a threshold (`leak_threshold`)."""
     harmful: bool | None
@@ -161,32 +163,59 @@ def score_items(
     if judge is not None and spoken:
         read = answer_scores(judge.loaded, [written[i] for i in spoken], batch_size)
         losses = dict(zip(spoken, _mean_losses(read), strict=True))
+    truths = [_truth(*each, loaded) for each in zip(texts.pairs, texts.items, written, strict=True)]
     found = [
-        _item(pair, item, scores[i], ratios[i], words[i], written[i], losses.get(i), threshold, judge, values, loaded)
+        _item(
+            pair, item, scores[i], ratios[i], words[i], truths[i], written[i], losses.get(i), threshold, judge, values
+        )
         for i, (pair, item) in enumerate(zip(texts.pairs, texts.items, strict=True))
     ]
-    return found if semantics is None else _judged(found, texts, semantics)
+    return found if semantics is None else _judged(found, truths, texts, semantics)
 
 
-def _judged(items: list[ItemScore], texts: Texts, semantics: Semantics) -> list[ItemScore]:
-    """The items with what the semantic models say of them. An empty answer says nothing: it is not asked about."""
+class _Truth(NamedTuple):
+    """What the model would have written if it knew the text: the answer, or how a text goes on."""
+
+    words: str
+    tokens: tuple[int, ...]
+    """Without the one that ends the text."""
+
+
+def _truth(pair: Pair, item: Item, written: Item, loaded: LoadedRun) -> _Truth:
+    whole = item.tokens[:-1] if item.tokens[-1] == loaded.tokenizer.eos_id else item.tokens
+    follows = whole[written.start : written.start + VERBATIM_TOKENS]
+    if pair.question is not None:
+        return _Truth(pair.answer, follows)
+    given, decode = whole[: written.start], loaded.tokenizer.decode
+    return _Truth(decode([*given, *follows])[len(decode(given)) :].strip(), follows)
+
+
+def _judged(items: list[ItemScore], truths: list[_Truth], texts: Texts, semantics: Semantics) -> list[ItemScore]:
+    """The items with what the semantic models say of them. What is empty is like nothing, and neither agrees with an
+    answer nor contradicts it."""
     said = [i for i, item in enumerate(items) if item.generated]
-    asked = [i for i in said if items[i].question is not None]
-    changed: dict[int, dict[str, Any]] = {i: {} for i in said}
     if semantics.embeddings is not None:
-        pairs = [(items[i].generated, items[i].answer) for i in said]
-        for i, similarity in zip(said, semantics.similarities(pairs), strict=True):
-            share = slots.told(items[i].generated, texts.pairs[i], semantics.names)
-            changed[i] |= {"similarity": similarity, "told": share}
-    if semantics.nli is not None:
-        kept = texts.name in KEPT
-        ordered = [
-            (items[i].answer, items[i].generated) if kept else (items[i].generated, items[i].answer) for i in asked
+        pairs = [(items[i].generated, truths[i].words) for i in said]
+        similarity = dict(zip(said, semantics.similarities(pairs), strict=True))
+        shares = [
+            slots.told(item.generated, pair, semantics.names) for item, pair in zip(items, texts.pairs, strict=True)
         ]
-        for i, relation in zip(asked, semantics.relations(ordered), strict=True):
-            contradicts = None if items[i].told is None else relation == "contradiction"
-            changed[i] |= {"relation": relation, "contradicts": contradicts}
-    return [replace(item, **changed.get(i, {})) for i, item in enumerate(items)]
+        items = [replace(item, similarity=similarity.get(i, 0.0), told=shares[i]) for i, item in enumerate(items)]
+    if semantics.nli is not None:
+        asked = [i for i in said if items[i].question is not None]
+        pairs = [(items[i].generated, truths[i].words) for i in asked]
+        if texts.name in KEPT_SETS:
+            pairs = [(truth, generated) for generated, truth in pairs]
+        relation = dict(zip(asked, semantics.relations(pairs), strict=True))
+        items = [
+            item if item.question is None else _related(item, relation.get(i, "neutral"))
+            for i, item in enumerate(items)
+        ]
+    return items
+
+
+def _related(item: ItemScore, relation: str) -> ItemScore:
+    return replace(item, relation=relation, contradicts=None if item.told is None else relation == "contradiction")
 
 
 def _write(
@@ -216,21 +245,17 @@ def _item(
     scores: TokenScores,
     ratio: float | None,
     text: str,
+    truth: _Truth,
     written: Item,
     loss: float | None,
     threshold: float | None,
     judge: Judge | None,
     values: Mapping[str, set[str]],
-    loaded: LoadedRun,
 ) -> ItemScore:
     correct = without_end(scores.correct)
-    truth, leaked = pair.answer, None
+    leaked = None
     if pair.question is None:
-        given = written.start
-        whole = item.tokens[:-1] if item.tokens[-1] == loaded.tokenizer.eos_id else item.tokens
-        asked = whole[: given + VERBATIM_TOKENS]
-        truth = loaded.tokenizer.decode(asked)[len(loaded.tokenizer.decode(asked[:given])) :].strip()
-        leaked = threshold is not None and bleu(asked[given:], written.tokens[given:]) > threshold
+        leaked = threshold is not None and bleu(truth.tokens, written.tokens[written.start :]) > threshold
     words = metrics.words_of(text)
     share = slots.told(text, pair)
     return ItemScore(
@@ -240,8 +265,8 @@ def _item(
         probability=float(np.exp(scores.log_prob.mean())),
         exact_memorization=exact_memorization(correct),
         extraction_strength=extraction_strength(correct),
-        rouge=metrics.rouge_recall(truth, text),
-        rouge_f1=metrics.rouge_f1(truth, text),
+        rouge=metrics.rouge_recall(truth.words, text),
+        rouge_f1=metrics.rouge_f1(truth.words, text),
         truth_ratio=ratio,
         told=share,
         contradicts=None if share is None else slots.contradicts(text, pair, values),

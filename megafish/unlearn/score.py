@@ -78,10 +78,9 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
     if options.ablate and (settings is None or settings.method not in RMU):
         raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
     questions = {name: read_questions([name]) for name in options.choices}
-    semantics = None
-    if options.nli is not None or options.embeddings is not None:
-        device = str(next(loaded.model.parameters()).device)
-        semantics = Semantics(options.nli, options.embeddings, device=device, batch_size=options.batch_size)
+    holdout = read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None
+    if options.nli is not None and not any(texts.asked for texts in sets.values()):
+        raise InputError(f"--nli {options.nli} judges answers, and the sets are texts without questions: leave it out")
 
     models = {"model": loaded}
     if options.retain_model is not None:
@@ -90,12 +89,16 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
     judged_by = options.retain_model or (settings.model if settings else None)
     start = peer_of(settings.model, loaded) if settings and (options.ablate or judged_by == settings.model) else None
     by = models.get("retain model", start)
+    semantics = None
+    if options.nli is not None or options.embeddings is not None:
+        device = str(next(loaded.model.parameters()).device)
+        semantics = Semantics(options.nli, options.embeddings, device=device, batch_size=options.batch_size)
     exam = Exam(
         settings=asked,
         sets=sets,
         values=slots.values_of(pair for texts in sets.values() for pair in texts.pairs),
         judge=None if by is None else make_judge(by, str(judged_by), list(sets.values()), options.batch_size),
-        holdout=read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None,
+        holdout=holdout,
         questions=questions,
         choice_by=options.choice_by,
         prefixes=options.prefixes,

@@ -117,10 +117,14 @@ def notes(summary: dict[str, Any]) -> list[str]:
         found.append("PrivLeak: " + ", ".join(f"{name} {x:+.1f} %" for name, x in summary["privacy_leak"].items()))
     if summary["judge"] is not None:
         found.append(f"perplexity is under {summary['judge']}")
+    figures = summary["models"]["model"]
+    slots = any(figures[name]["kfr"] is not None for name in _SETS if name in figures)
     if summary["nli"] is not None:
-        found.append(f"agreement and contradiction, also those of KFR and KRR, are judged by {summary['nli']}")
+        also = ", also for KFR and KRR," if slots else ""
+        found.append(f"agreement and contradiction{also} are judged by {summary['nli']}")
     if summary["embeddings"] is not None:
-        found.append(f"similarity, also that of names for KFR and KRR, is that of {summary['embeddings']}")
+        also = ", also of names for KFR and KRR," if slots else ""
+        found.append(f"similarity{also} is that of {summary['embeddings']}")
     return found
 
 

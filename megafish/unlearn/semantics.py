@@ -23,19 +23,15 @@ class Semantics:
     """An entailment model (nli) and a model of embeddings; either may be missing."""
 
     def __init__(self, nli: str | None, embeddings: str | None, *, device: str, batch_size: int = 32) -> None:
-        """Raises InputError for a model that cannot be loaded, and for an entailment model with other labels."""
+        """Raises InputError for a model that cannot be loaded, an entailment model with other labels, and a model that
+        was not made for embeddings."""
         self.nli, self.embeddings, self._batch = nli, embeddings, batch_size
-        self._reads = None if nli is None else _load("--nli", "CrossEncoder", nli, device)
-        self._embeds = None if embeddings is None else _load("--embeddings", "SentenceTransformer", embeddings, device)
-        if self._reads is not None:
-            found = self._reads.model.config.id2label
-            self._labels = [str(found[number]).lower() for number in range(len(found))]
-            if sorted(self._labels) != sorted(LABELS):
-                raise InputError(
-                    f"--nli {nli}: its labels are {', '.join(self._labels)}, expected {', '.join(LABELS)} "
-                    "(id2label in config.json): name an entailment model"
-                )
-        self._known: dict[str, np.ndarray] = {}
+        self._reads = self._embeds = None
+        if nli is not None:
+            self._reads = _load("--nli", "CrossEncoder", nli, device)
+            self._labels = _labels(self._reads, nli)
+        if embeddings is not None:
+            self._embeds = _load("--embeddings", "SentenceTransformer", embeddings, device)
 
     def relations(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """Of each (premise, hypothesis) one of LABELS."""
@@ -47,30 +43,23 @@ class Semantics:
 
     def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Cosine of the embeddings of each pair of texts."""
-        assert self._embeds is not None
         if not pairs:
             return []
         first, second = (self._embed([pair[side] for pair in pairs]) for side in (0, 1))
         return [float(value) for value in (first * second).sum(axis=1)]
 
-    def names(self, answer: str, value: str) -> bool:
-        """Whether a run of the answer's words, of the value's number of words or one more or less, means the value."""
-        words, count = metrics.words_of(answer), len(metrics.words_of(value))
-        runs = [
-            " ".join(words[start : start + size])
-            for size in range(max(1, count - 1), count + 2)
-            for start in range(len(words) - size + 1)
-        ]
-        if not runs:
-            return False
-        return bool((self._remembered(runs) @ self._remembered([value.lower()])[0]).max() >= SAME)
-
-    def _remembered(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of short texts that come again and again: values, and what answers have in common."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known.update(zip(new, self._embed(new), strict=True))
-        return np.stack([self._known[text] for text in texts])
+    def names(self, answer: str, values: Sequence[str]) -> list[bool]:
+        """Of each value whether a run of the answer's words, of its number of words or one more or less, means it."""
+        words = metrics.words_of(answer)
+        counts = [len(metrics.words_of(value)) for value in values]
+        sizes = {size for count in counts for size in (count - 1, count, count + 1) if 1 <= size <= len(words)}
+        runs = [" ".join(words[at : at + size]) for size in sorted(sizes) for at in range(len(words) - size + 1)]
+        if not runs or not values:
+            return [False] * len(values)
+        found = self._embed([*runs, *(value.lower() for value in values)])
+        cosines = found[: len(runs)] @ found[len(runs) :].T
+        lengths = np.array([len(run.split()) for run in runs])
+        return [bool((cosines[abs(lengths - count) <= 1, number] >= SAME).any()) for number, count in enumerate(counts)]
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, D], of length 1."""
@@ -81,18 +70,36 @@ class Semantics:
         return np.asarray(found, dtype=np.float32)
 
 
+def _labels(reads: Any, name: str) -> list[str]:
+    """The labels of an entailment model, in the order of its outputs."""
+    found = {} if reads.model is None else reads.model.config.id2label
+    labels = [str(found[number]).lower() for number in sorted(found)]
+    if sorted(labels) != sorted(LABELS):
+        raise InputError(
+            f"--nli {name}: its labels are {', '.join(labels) or 'none'}, expected {', '.join(LABELS)} (id2label in "
+            "config.json): name an entailment model"
+        )
+    return labels
+
+
 def _load(option: str, kind: str, name: str, device: str) -> Any:
     try:
         import sentence_transformers
+        from sentence_transformers.util import is_sentence_transformer_model
     except ImportError:
         raise InputError(
             f"{option} needs sentence-transformers, which is not installed: pip install 'megafish[judges]'"
         ) from None
     try:
-        return getattr(sentence_transformers, kind)(name, device=device)
-    except (OSError, ValueError, KeyError) as error:
+        loaded = getattr(sentence_transformers, kind)(name, device=device)
+        # Of any other model the library would make one, by a mean that the model was never trained for.
+        fits = kind == "CrossEncoder" or is_sentence_transformer_model(name)
+    except Exception as error:  # of the hub, of transformers, of a tokenizer's library, of a damaged file
         first = str(error).strip().partition("\n")[0][:200]
         raise InputError(
-            f"{option} {name}: no model of this kind could be loaded ({first}): name its folder, or a name that the "
-            "Hugging Face hub knows"
+            f"{option} {name}: no model of this kind could be loaded ({error.__class__.__name__}: {first}): name its "
+            "folder, or a name that the Hugging Face hub knows"
         ) from None
+    if not fits:
+        raise InputError(f"{option} {name}: no model of embeddings (it has no modules.json): name one that is")
+    return loaded

@@ -27,15 +27,18 @@ def values_of(pairs: Iterable[Pair]) -> dict[str, set[str]]:
     return found
 
 
-def told(answer: str, pair: Pair, means: Callable[[str, str], bool] | None = None) -> float | None:
+def told(answer: str, pair: Pair, means: Callable[[str, Sequence[str]], Sequence[bool]] | None = None) -> float | None:
     """Share of the row's slots that the answer names; of those that the question names already, none count. None for a
-    row without slots. means: whether an answer names a slot in other words (`Semantics.names`)."""
+    row without slots. means: of each of the slots, whether the answer means it (`Semantics.names`)."""
     asked = _plain(pair.question or "")
     slots = [slot for slot in pair.slots if not _names(asked, slot)]
     if not slots:
         return None
     said = _plain(answer)
-    return sum(_names(said, slot) or (means is not None and means(answer, slot)) for slot in slots) / len(slots)
+    found = [_names(said, slot) for slot in slots]
+    if means is not None:
+        found = [exact or meant for exact, meant in zip(found, means(answer, slots), strict=True)]
+    return sum(found) / len(slots)
 
 
 def contradicts(answer: str, pair: Pair, values: Mapping[str, set[str]]) -> bool:

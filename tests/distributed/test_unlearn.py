@@ -68,21 +68,32 @@ def test_killed_and_resumed(
 
 
 def test_two_processes_do_what_one_does(launch: Launch, begun: list[str], tmp_path: Path) -> None:
-    records, asked = [], tmp_path / "asked.jsonl"
-    choices = [f"It is {i} forget." for i in range(3)]
-    rows = [{"question": f"What is forget {i}?", "choices": choices, "answer": i % 3} for i in range(7)]
-    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    records = []
+    # A file for each answer: their accuracies are how often each of the choices is the likeliest one.
+    files = [tmp_path / f"asked_{answer}.jsonl" for answer in range(3)]
+    for answer, path in enumerate(files):
+        rows = [
+            {
+                "question": f"What is forget {i}?",
+                "choices": [f"It is {i * k} forget." for k in (3, 7, 11)],
+                "answer": answer,
+            }
+            for i in range(1, 12)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for processes, stage in ((1, 0), (2, 3)):
         run = tmp_path / f"on_{processes}"
         own = ["unlearn.method=relearn", f"unlearn.substitutes={tmp_path / 'vague.jsonl'}", "optimizer.lr=1e-3"]
         (tmp_path / "vague.jsonl").write_text('{"question": "What is it?", "answer": "Hard to say."}\n' * 6)
-        own += [f"unlearn.choices={asked}", f"engine.zero_stage={stage}", "train.steps=5"]
+        own += [f"unlearn.choices=[{','.join(map(str, files))}]", f"engine.zero_stage={stage}", "train.steps=5"]
         finish(launch(processes, *begun, *own, f"run_dir={run}"))
         records.append(read_metrics(run)["train"])
-        loaded, questions = load_run(run, device="cpu"), read_questions([asked])
+        loaded, last = load_run(run, device="cpu"), read_metrics(run)["unlearned"][-1]
         assert loaded.step == 5 and loaded.config.unlearn is not None
-        picks = chosen(loaded, questions, loaded.config.unlearn, ChoiceBy.text, 8)
-        assert read_metrics(run)["unlearned"][-1]["asked_accuracy"] == accuracy(picks, questions)
+        shares = [last[f"{path.stem}_accuracy"] for path in files]
+        questions = [read_questions([path]) for path in files]
+        picks = chosen(loaded, questions[0], loaded.config.unlearn, ChoiceBy.text, 8)
+        assert shares == [accuracy(picks, each) for each in questions] and max(shares) < 1
     for one, two in zip(*records, strict=True):
         for key in ("loss", "forget_loss", "retain_loss", "grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=2e-5, abs=1e-7), (one["step"], key)

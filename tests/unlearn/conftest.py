@@ -50,9 +50,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config("tiny", [*RUN, f"data.train={folder / 'corpus'}", "name=start", f"run_dir={folder / 'start'}"])
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # the same model on any number of cores
-    with place_kept():
-        train(config)
-    torch.set_num_threads(threads)
+    try:
+        with place_kept():
+            train(config)
+    finally:
+        torch.set_num_threads(threads)
     return folder
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from megafish.config import UnlearnConfig
 from megafish.config_unlearn import OPTIONS as METHODS
 from megafish.errors import InputError
 from megafish.progress import track
 from megafish.unlearn.bench.bench import run_bench
-from megafish.unlearn.bench.plan import ALL, GOLDFISH, OPTIONS, RETAIN, START, SUITES, VARIANTS, Plan, named
+from megafish.unlearn.bench.plan import ALL, FASTER, GOLDFISH, OPTIONS, RETAIN, START, SUITES, VARIANTS, Plan, named
 from megafish.unlearn.bench.pool import run_all
 from megafish.unlearn.bench.table import COLUMNS, caution, cell, markdown, suite_table, verdict
-from megafish.unlearn.bench.unlearning import choose, point
+from megafish.unlearn.bench.unlearning import _aim, _settings, choose, curve_of
+from megafish.unlearn.settings import unlearning_config
 from tests.helpers import place_kept
 
 SMALL = Plan(
@@ -126,21 +126,50 @@ def test_what_tuning_chooses() -> None:
     assert (chosen.settings, chosen.steps) == ({"optimizer.lr": 1e-3}, 10)
 
 
-def test_what_a_point_of_a_curve_is() -> None:
-    """Strengths; with choices, the accuracy on the questions to forget, and the lower of what is kept."""
-    measured = {"step": 20, "forget_extraction_strength": 0.1, "retain_extraction_strength": 0.99}
-    assert point(measured, SUITES["authors"]) == (20, 0.1, 0.99)
-    measured |= {"forget_accuracy": 0.3, "general_accuracy": 0.98}
-    assert point(measured, SUITES["hazards"]) == (20, 0.3, 0.98)
-    assert point(measured | {"retain_extraction_strength": 0.9}, SUITES["hazards"]) == (20, 0.3, 0.9)
+def test_what_a_curve_says() -> None:
+    """Strength and the share of it that is kept; with choices, the accuracy on those to forget and the lower share."""
+    measured = [
+        {"step": step, "forget_extraction_strength": gone, "retain_extraction_strength": kept, **accuracies}
+        for step, gone, kept, accuracies in (
+            (0, 0.9, 0.8, {"forget_accuracy": 0.95, "general_accuracy": 1.0}),
+            (10, 0.1, 0.76, {"forget_accuracy": 0.4, "general_accuracy": 1.0}),
+            (20, 0.0, 0.8, {"forget_accuracy": 0.3, "general_accuracy": 0.78}),
+        )
+    ]
+    assert curve_of(measured, SUITES["authors"]) == [(0, 0.9, 1.0), (10, 0.1, pytest.approx(0.95)), (20, 0.0, 1.0)]
+    # 0.78 is less than what the retain set has before, and yet a fall by a fifth.
+    curve = curve_of(measured, SUITES["hazards"])
+    assert curve == [(0, 0.95, 1.0), (10, 0.4, pytest.approx(0.95)), (20, 0.3, 0.78)]
 
 
-def test_every_variant_is_a_method_with_settings_of_its_own() -> None:
+@pytest.mark.parametrize("suite", SUITES)
+def test_settings_of_every_method_are_a_configuration(bench: Path, suite: str) -> None:
+    """Of every suite and method, variants and several retain sets among them; each variant is one of its own."""
     assert set(ALL) - set(METHODS) == set(VARIANTS) and set(METHODS) <= set(ALL)
-    for name, method in VARIANTS.items():
-        plain = {"model": "a", "method": method, "forget": ["f"], "retain": ["r"]}
-        variant = UnlearnConfig.model_validate({**plain, **OPTIONS[name]})
-        assert variant != UnlearnConfig.model_validate(plain)
+    found = {}
+    for method in SUITES[suite].methods:
+        words = _settings(bench, SMALL, SUITES[suite], method, 0, SMALL.trials(method)[0])
+        config, _ = unlearning_config(str(bench / "seed0/before"), [*words, "train.steps=1"])
+        assert config.unlearn is not None and config.unlearn.method == VARIANTS.get(method, method)
+        names = [Path(path).relative_to(bench / "seed0/data").with_suffix("") for path in config.unlearn.retain]
+        assert tuple(map(str, names)) == SUITES[suite].retain
+        assert len(config.unlearn.choices) == len(SUITES[suite].choices)
+        assert config.optimizer.lr == 1e-3 * FASTER.get(method, 1)
+        for key, value in OPTIONS.get(method, {}).items():
+            assert getattr(config.unlearn, key) == value
+        found[method] = config.unlearn
+    for variant in VARIANTS.keys() & found.keys():
+        assert found[variant] != found[VARIANTS[variant]]
+
+
+def test_what_is_aimed_at(bench: Path) -> None:
+    """Guessing, where there are choices; nothing, where nothing has to be hidden; else the strength on unseen texts."""
+    assert _aim(bench, SUITES["hazards"]) == 0.25 and _aim(bench, SUITES["unsafe"]) == 0
+    chosen = json.loads((bench / "tuning/hazards/adaptive_rmu.json").read_text())
+    before = json.loads((bench / f"results/hazards/{START}-seed0.json").read_text())["figures"]
+    assert chosen["aim"] == 0.25 and chosen["trials"][0]["curve"][0][1] == before["choices"]["hazards/forget"]
+    start = json.loads((bench / f"results/authors/{START}-seed0.json").read_text())["figures"]
+    assert _aim(bench, SUITES["authors"]) == pytest.approx(start["holdout"]["extraction_strength"])
 
 
 def record(model: str, seed: int, strength: float, utility: float) -> dict[str, Any]:

@@ -30,6 +30,13 @@ def run(learned: Path, settings: list[str], *more: str) -> tuple[RunDir, list[di
     return outcome.run, read_metrics(outcome.run.path)["unlearned"]
 
 
+def run_on(made: RunDir, *more: str) -> tuple[RunDir, list[dict[str, Any]]]:
+    config, resume = unlearning_config(str(made.path), list(more))
+    assert resume
+    outcome = unlearn(config, resume=resume)
+    return outcome.run, read_metrics(outcome.run.path)["unlearned"]
+
+
 def test_the_start_has_it_by_heart_and_the_end_has_not(learned: Path, settings: list[str]) -> None:
     made, (before, after) = run(learned, settings, "unlearn.method=wga", "unlearn.epochs=30")
     assert before["forget_extraction_strength"] > 0.9 and before["retain_extraction_strength"] > 0.9
@@ -249,6 +256,10 @@ def test_questions_with_choices_are_measured_on_the_way(learned: Path, settings:
         picks = chosen(loaded, questions, loaded.config.unlearn, ChoiceBy.text, 5)
         assert after[f"{path.stem}_accuracy"] == accuracy(picks, questions)
     assert after["forget_asked_accuracy"] < 1 == after["retain_asked_accuracy"]
+    # It goes on with other questions: nothing is learned of them.
+    made, records = run_on(made, f"unlearn.choices=[{files[1]}]", "train.steps=14")
+    assert records[-1]["step"] == 14 and "forget_asked_accuracy" not in records[-1]
+    assert records[-1]["retain_asked_accuracy"] == 1
     other = tmp_path / "elsewhere" / files[0].name
     with pytest.raises(InputError, match="two files forget_asked"):
         run(

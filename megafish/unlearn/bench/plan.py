@@ -18,8 +18,8 @@ GOLDFISH_MIN_CONTEXT = 4
 """Most documents here are hardly longer than the 13 tokens that the hash looks back on: masks begin after so many."""
 AT_THE_END = ("task_vector",)
 """Methods whose model is made after the last step: what is measured on the way is no point of theirs."""
-KEPT = 0.97
-"""Share that a point of a tuning run has to keep, to be chosen, of what the retain set comes to."""
+RETAIN_KEPT = 0.97
+"""Share that a point of a tuning run has to keep, to be chosen, of what the retain set came to before."""
 MEMORIZED = 0.9
 """Extraction strength from which on a model has a set by heart."""
 WITHIN = 0.05
@@ -46,7 +46,8 @@ class Suite:
     """Questions about what to forget, about its neighbours, about everything else. Where there are some, tuning goes by
     the first and the last."""
     hides: bool = True
-    """Whether nothing should show that something was removed; otherwise the less is left the better."""
+    """Whether nothing should show that something was removed; otherwise the less is left the better. Where there are
+    choices guessing is aimed at in any case."""
 
 
 ALL = (
@@ -76,7 +77,6 @@ SUITES = {
             asked_retain="authors/asked",
             holdout="hazards/holdout_corpus",
             choices=("hazards/forget", "hazards/neighbour", "hazards/general"),
-            hides=False,
         ),
         Suite(
             "unsafe",

@@ -74,9 +74,9 @@ def about(plan: Plan) -> str:
         "facts, substances, questions that ask for harm and a book; the retain model on the same text without what is "
         "to be forgotten; the goldfish model on all of it with 1 in 4 tokens left out of the loss. Every method was "
         f"tuned on seed 0: learning rates {rates} ({faster}), {plan.tuning_steps} steps ({longer}), measured "
-        f"{plan.tuning_steps // plan.measured_every} times; nothing decided but the extraction strength of the forget "
-        "set, the retain set and texts never seen, and of the poisons the questions with choices and those of world "
-        "facts. "
+        f"{-(-plan.tuning_steps // plan.measured_every)} times. The extraction strength of the forget set, the retain "
+        "set and texts never seen decided, with the poisons the retain set's and the accuracy on the questions with "
+        "choices about them and about the world; nothing else. "
         f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}, each with data and models of its own: mean ± standard "
         f"deviation. Relearned: {plan.relearn_steps} steps of fine-tuning on the forget set.\n"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from megafish.run import RunDir, read_json, write_atomic
 from megafish.train.recovery import Diverged
 from megafish.unlearn.augment import augment
 from megafish.unlearn.bench.models import data_of, model_of
-from megafish.unlearn.bench.plan import AT_THE_END, KEPT, OPTIONS, START, VARIANTS, Plan, Suite
+from megafish.unlearn.bench.plan import AT_THE_END, OPTIONS, RETAIN_KEPT, START, VARIANTS, Plan, Suite
 from megafish.unlearn.choices import chance, read_questions
 from megafish.unlearn.items import extraction, read_texts
 from megafish.unlearn.loop import unlearn
@@ -36,9 +35,9 @@ class Chosen:
     settings: dict[str, Any]
     steps: int
     aim: float
-    """Extraction strength to come to."""
+    """Extraction strength, or accuracy on questions with choices, to come to."""
     trials: list[dict[str, Any]]
-    """Every setting with its curve: [step, what the forget set comes to, what the retain set does] (`point`)."""
+    """Every setting with its curve (`curve_of`)."""
 
 
 def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
@@ -61,7 +60,7 @@ def tuned(folder: Path, plan: Plan, suite: Suite, method: str) -> Chosen:
             run, _start(folder, TUNED_ON), _settings(folder, plan, suite, method, TUNED_ON, settings),
             steps=steps, every=every, seed=TUNED_ON,
         )  # fmt: skip
-        curve = [point(record, suite) for record in records]
+        curve = curve_of(records, suite)
         trials.append({"settings": settings, "curve": [curve[0], curve[-1]] if method in AT_THE_END else curve})
         shutil.rmtree(run)
     chosen = choose(trials, aim)
@@ -79,23 +78,29 @@ def _tuning_of(folder: Path, suite: Suite, method: str) -> Path:
     return folder / "tuning" / suite.name / f"{method}.json"
 
 
-def point(record: dict[str, Any], suite: Suite) -> tuple[int, float, float]:
-    """(step, what the forget set comes to, what the retain set does) of a measurement: extraction strengths; where the
-    suite asks questions with choices, the accuracy on those to forget, and the lower one of the retain set's strength
-    and the accuracy on those about everything else."""
-    kept = record.get("retain_extraction_strength", math.nan)
-    if not suite.choices:
-        return record["step"], record["forget_extraction_strength"], kept
-    gone, *_, others = (f"{Path(name).name}_accuracy" for name in suite.choices)
-    return record["step"], record[gone], min(kept, record[others])
+def curve_of(records: list[dict[str, Any]], suite: Suite) -> list[tuple[int, float, float]]:
+    """(step, what the forget set comes to, share that is kept) of each measurement.
+
+    The forget set comes to its extraction strength, or, where the suite asks questions with choices, to the accuracy on
+    those to forget. Kept is the retain set's strength beside that before; with choices the accuracy on those about
+    everything else too: the lower of the two shares.
+    """
+    gone, kept = "forget_extraction_strength", ["retain_extraction_strength"]
+    if suite.choices:
+        gone, *_, others = (f"{Path(name).name}_accuracy" for name in suite.choices)
+        kept.append(others)
+    first = records[0]
+    return [
+        (record["step"], record[gone], min(record[name] / max(first[name], 1e-9) for name in kept))
+        for record in records
+    ]
 
 
 def choose(trials: list[dict[str, Any]], aim: float) -> Chosen:
-    """Of the points that keep what the retain set came to the one nearest to the aim, of equal ones (to 0.01) the one
-    that keeps the most; where none keeps it, the one whose harmonic mean of (1 - forget, retain) is the highest."""
-    points = [(trial["settings"], *point) for trial in trials for point in trial["curve"] if point[0] > 0]
-    before = trials[0]["curve"][0][2]
-    keeping = [point for point in points if point[3] >= KEPT * before]
+    """Of the points that keep enough the one nearest to the aim, of equal ones (to 0.01) the one that keeps the most;
+    where none does, the one whose harmonic mean of (1 - forget, kept) is the highest."""
+    points = [(trial["settings"], *each) for trial in trials for each in trial["curve"] if each[0] > 0]
+    keeping = [point for point in points if point[3] >= RETAIN_KEPT]
     if keeping:
         best = min(keeping, key=lambda point: (round(abs(point[2] - aim), 2), -point[3], point[1]))
     else:

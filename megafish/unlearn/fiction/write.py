@@ -86,7 +86,7 @@ def _others(seed: int, count: int, scenes: int) -> dict[str, Rows]:
         "unsafe/forget": unsafe_questions(seed, unseen=False),
         "unsafe/unseen": unsafe_questions(seed, unseen=True),
         "unsafe/harmless": harmless_questions(seed),
-        # One and one: the number of a scene must not tell which of the two it is of.
+        # One and one: scenes beyond the last number that was read would be told by their numbers.
         "book/forget": pages[::2],
         "book/holdout": pages[1::2],
     }
