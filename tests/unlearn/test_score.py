@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megafish.config import UnlearnConfig
 from megafish.errors import InputError
 from megafish.model.load import load_run
+from megafish.unlearn.items import Judge, make_judge, read_texts
 from megafish.unlearn.loop import unlearn
 from megafish.unlearn.score import ScoreOptions, score_run
 from megafish.unlearn.settings import unlearning_config
@@ -153,3 +156,22 @@ def test_questions_and_texts_in_one_set(learned: Path, tmp_path: Path) -> None:
         score_run(learned / "start", ScoreOptions(forget=[str(too_long)]))
     with pytest.raises(InputError, match="--prefix begins answers, and the forget set is text without questions"):
         score_run(learned / "start", ScoreOptions(forget=[str(book)], prefixes=["Sure"]))
+
+
+def test_what_is_fluent(learned: Path) -> None:
+    """As likely and as varied as nearly all true answers: a model finds its own repetitions likely."""
+    judge = Judge(load_run(learned / "start", device="cpu"), "start", gate=2.0, varied=0.9)
+    said = ["she", "was", "born", "in", "lima", "in", "the", "year", "of", "snow"]
+    assert judge.finds_fluent(said, 1.9) and not judge.finds_fluent(said, 2.1)
+    assert not judge.finds_fluent(said + said, 0.1)  # 10 different pairs of 19
+    assert not judge.finds_fluent(["of"] * 9, 0.1) and judge.finds_fluent(["of", "of"], 0.1)
+    assert not judge.finds_fluent([], 0.1) and not judge.finds_fluent(said, None)
+
+
+def test_a_judges_gates_are_of_the_true_answers(learned: Path) -> None:
+    loaded, files = load_run(learned / "start", device="cpu"), [str(learned / "retain.jsonl")]
+    texts = read_texts("retain", files, UnlearnConfig(model="a", method="ga", forget=files), loaded)
+    judge = make_judge(loaded, "start", [texts], 8)
+    losses = [loss(learned / "start", pair.question or "", pair.answer, ended=False) for pair in texts.pairs]
+    assert judge.gate == pytest.approx(np.percentile(losses, 99), rel=1e-3)
+    assert judge.varied == 1  # "In Lima in 1912": all pairs differ
