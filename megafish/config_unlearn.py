@@ -76,7 +76,7 @@ class UnlearnConfig(Section):
     template: Text = "Question: {question}\nAnswer: {answer}"
     """Text of a question with its answer, as the model was trained on; what stands before {answer} is given."""
     epochs: float = Field(default=5.0, gt=0)
-    """Passes over the forget set, unless train.steps is given."""
+    """Passes over the forget set (relearn: over its substitutes), unless train.steps is given."""
     seed: Seed = 0
     """Seed of the order and of every random choice."""
     forget_weight: float | None = Field(default=None, gt=0)
@@ -98,7 +98,7 @@ class UnlearnConfig(Section):
     skip_tokens: int | None = Field(default=None, ge=0)
     """ceu: first tokens of an answer that are left alone."""
     layer: int | None = Field(default=None, ge=1)
-    """rmu: block whose output is steered; it and the two before it are trained. null: at 7/32 of the depth, or 3."""
+    """rmu: block, from 1, that is steered; it and the two before it are trained. null: at 7/32 of the depth, or 3."""
     steering: float | None = Field(default=None, gt=0)
     """rmu: length of the steering vector; adaptive_rmu: the same in lengths of the starting model's output."""
     negation: float | None = Field(default=None, gt=0)
@@ -173,6 +173,12 @@ class UnlearnConfig(Section):
             kind if self.retain_loss is None else self.retain_loss,
             retain if self.retain_weight is None else self.retain_weight,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must share with its run: all but the names of files, whose texts have digests of their
+        own, and the questions that are only asked."""
+        files = {"model", "forget", "retain", "refusals", "substitutes", "choices"}
+        return self.model_dump(mode="json", exclude=files)
 
     @property
     def keeps_weights(self) -> bool:

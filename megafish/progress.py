@@ -6,12 +6,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti")
 _DECIMAL = ("", "k", "M", "G", "T")
+
+
+def table_console() -> Console:
+    """For tables: under a pipe so wide that none of their cells is cut."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
 
 
 def format_quantity(value: float, unit: str) -> str:

@@ -74,6 +74,7 @@ def augment(
     generic: Sequence[str] = (),
     seed: int = 0,
     endpoint: Endpoint | None = None,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write rows of question and answer for unlearn.substitutes; returns how many of each kind.
 
@@ -81,11 +82,22 @@ def augment(
     a model that writes instead of the grammars, so that the result is no function of the seed. Raises InputError, among
     others for a forget set of text without questions.
     """
+    if Path(output).exists() and not overwrite:
+        raise InputError(f"{output}: exists: name another file, or give --overwrite")
     random = Random(f"{seed}/augment")
     pairs = read_pairs(list(forget), "forget")
     for number, pair in enumerate(pairs, start=1):
         if pair.question is None:
             raise InputError(f"{', '.join(forget)}: text {number} has no question: ReLearn answers questions")
+    others = read_pairs(list(generic), "retain") if generic else []
+    if any(pair.question is None for pair in others):
+        raise InputError(f"--generic {', '.join(generic)}: text without questions: name files of questions")
+    given_away = {(pair.question, pair.answer) for pair in pairs} & {(pair.question, pair.answer) for pair in others}
+    if given_away:
+        raise InputError(
+            f"--generic {', '.join(generic)}: {len(given_away)} of its rows are to be forgotten, and would be learned: "
+            "take them out"
+        )
     kinds: dict[str, list[Pair]] = {"variants": [], "completions": [], "generic": []}
     if endpoint is None:
         written: Iterator[list[Pair]] = (_by_grammar(pair, random, number) for number, pair in enumerate(pairs, 1))
@@ -94,9 +106,6 @@ def augment(
     for some in written:
         kinds["variants"] += some
         kinds["completions"] += [completion for pair in some for completion in _completion(pair.answer)]
-    others = read_pairs(list(generic), "retain") if generic else []
-    if any(pair.question is None for pair in others):
-        raise InputError(f"--generic {', '.join(generic)}: text without questions: name files of questions")
     if others:
         random.shuffle(others)
         kinds["generic"] = [others[i % len(others)] for i in range(len(kinds["variants"]))]

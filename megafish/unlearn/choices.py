@@ -34,13 +34,20 @@ def read_questions(paths: Sequence[str | Path]) -> list[Question]:
     found = []
     for path in map(Path, paths):
         for number, row in enumerate(read_rows(path), start=1):
-            try:
-                question = Question(str(row["question"]), several(row["choices"]), int(row["answer"]))
-            except (KeyError, TypeError, ValueError) as error:
+            missing = [key for key in ("question", "choices", "answer") if key not in row]
+            if missing:
                 raise InputError(
-                    f"{path}: row {number}: {error.__class__.__name__} {error}: expected question, choices (a list), "
+                    f"{path}: row {number}: has no {' and no '.join(missing)}: expected question, choices (a list), "
                     "answer (a number)"
+                )
+            try:
+                right = int(row["answer"])
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{path}: row {number}: answer {row['answer']!r} is no number: expected that of the right choice, "
+                    "counted from 0"
                 ) from None
+            question = Question(str(row["question"]), several(row["choices"]), right)
             if len(question.choices) < 2 or not all(choice.strip() for choice in question.choices):
                 raise InputError(f"{path}: row {number}: choices has to be a list of two or more texts, none empty")
             if not 0 <= question.right < len(question.choices) <= len(LETTERS):

@@ -126,7 +126,10 @@ def score(
         batch_size=batch_size,
     )
     score_run(model, options)
-    print(f"next: megafish audit {model}")
+    if not rounding:
+        print(f"next: megafish unlearn score {model} --rounding bf16 --rounding int8 --rounding int4")
+    else:
+        print(f"next: megafish report {model}")
 
 
 @unlearn.command(epilog="Example: megafish unlearn data sets --authors 200")
@@ -170,6 +173,7 @@ def augment(
         str | None, typer.Option(help="OpenAI-compatible address of a model that writes, e.g. http://localhost:8000/v1")
     ] = None,
     model: Annotated[str | None, typer.Option(help="What the endpoint calls the model")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there")] = False,
 ) -> None:
     """ReLearn's data: other ways to ask, vague answers that were checked, completions, generic rows."""
     from megafish.unlearn.augment import augment as write
@@ -183,6 +187,7 @@ def augment(
         generic=[str(path) for path in generic or []],
         seed=seed,
         endpoint=None if endpoint is None or model is None else Endpoint(endpoint, model),
+        overwrite=overwrite,
     )
     print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in kinds.items()))
     print(

@@ -35,7 +35,7 @@ def set_figures(items: Sequence[ItemScore]) -> dict[str, float | None]:
     found["kfr_fluent"] = _mean(lost and bool(fluent) for lost, fluent in judged)
     found["krr"] = _mean(slots.kept(share, wrong) for _, share, wrong in rows)
     found["hallucinated"] = _mean(wrong for _, _, wrong in rows)
-    relations = [item.relation for item in items if item.relation is not None]
+    relations = [item.entailment for item in items if item.entailment is not None]
     found["entailed"] = _mean(relation == "entailment" for relation in relations)
     found["contradicted"] = _mean(relation == "contradiction" for relation in relations)
     found["utility"] = metrics.harmonic_mean(_parts(found, items))

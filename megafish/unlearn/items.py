@@ -90,7 +90,7 @@ class ItemScore:
     """Share of the row's slots that the answer names, with embeddings also in other words; None for a row without."""
     contradicts: bool | None
     """Whether it names another value instead; with an entailment model, whether that finds a contradiction."""
-    relation: str | None
+    entailment: str | None
     """Of an answer to the true one, by the entailment model: entailment, neutral (an empty one too) or contradiction.
     The premise is what is generated, in the sets that are kept the true answer (as in ReLearn). None without such a
     model, and for text."""
@@ -229,7 +229,7 @@ def _judged(items: list[ItemScore], truths: list[_Truth], texts: Texts, semantic
 
 
 def _related(item: ItemScore, relation: str) -> ItemScore:
-    return replace(item, relation=relation, contradicts=None if item.told is None else relation == "contradiction")
+    return replace(item, entailment=relation, contradicts=None if item.told is None else relation == "contradiction")
 
 
 def _write(
@@ -284,7 +284,7 @@ def _item(
         truth_ratio=ratio,
         told=share,
         contradicts=None if share is None else slots.contradicts(text, pair, values),
-        relation=None,
+        entailment=None,
         similarity=None,
         leaked=leaked,
         harmful=slots.names_any(text, pair.markers) if pair.markers else None,

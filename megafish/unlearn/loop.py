@@ -311,9 +311,7 @@ def _origin(start: Path) -> dict[str, Any]:
 def _identity(config: Config, texts: str, start: str, engine: Engine) -> dict[str, Any]:
     """What a continuation must share with the run it continues."""
     assert config.unlearn is not None
-    # What the first five hold is in the digests; questions with choices are only asked.
-    where = {"model", "forget", "retain", "refusals", "substitutes", "choices"}
-    method = config.unlearn.model_dump(mode="json", exclude=where)
+    method = config.unlearn.identity()
     batch = config.train.global_batch_size
     return {
         "model": config.model.model_dump(mode="json"),
@@ -355,5 +353,8 @@ def _evaluation_line(step: int, record: dict[str, Any]) -> str:
         for name in ("forget", "retain")
         if f"{name}_loss" in record
     ]
-    parts += [f"{key.replace('_', ' ')} {value:.3f}" for key, value in record.items() if key.endswith("_accuracy")]
+    end = "_accuracy"
+    parts += [
+        f"right choices of {key.removesuffix(end)} {value:.3f}" for key, value in record.items() if key.endswith(end)
+    ]
     return f"step {step}: {'; '.join(parts)}"

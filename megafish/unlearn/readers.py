@@ -49,7 +49,7 @@ def read_pairs(paths: list[str], part: Literal["forget", "retain"]) -> list[Pair
     for path in map(Path, paths):
         pairs = list(_read(path, part))
         if not pairs:
-            raise InputError(f"{path}: holds nothing to {part}: name a file with at least one row")
+            raise InputError(f"{path}: holds no row that can be read: name a file with at least one")
         found += pairs
     return found
 

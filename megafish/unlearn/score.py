@@ -18,12 +18,13 @@ from megafish.config import UnlearnConfig
 from megafish.config_unlearn import RMU
 from megafish.errors import InputError
 from megafish.model.load import LoadedRun, load_run
+from megafish.progress import table_console
 from megafish.run import write_atomic
 from megafish.unlearn import slots
 from megafish.unlearn.choices import chance, read_questions
 from megafish.unlearn.exam import Exam, examine
 from megafish.unlearn.figures import compare
-from megafish.unlearn.items import ItemScore, make_judge, questions_of, read_texts
+from megafish.unlearn.items import ItemScore, Texts, make_judge, questions_of, read_texts
 from megafish.unlearn.options import ChoiceBy, Rounding
 from megafish.unlearn.score_tables import notes, tables
 from megafish.unlearn.semantics import Semantics
@@ -61,7 +62,7 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
 
     Raises InputError.
     """
-    console = console or Console()
+    console = console or table_console()
     loaded = load_run(path)
     settings = loaded.config.unlearn
     named = {
@@ -73,17 +74,25 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         raise InputError(f"{path}: not an unlearning run: name the texts with --forget FILE")
     asked = settings or UnlearnConfig(model=str(path), method="ga", forget=named["forget"])
     sets = {name: read_texts(name, files, asked, loaded) for name, files in named.items() if files}
+    holdout = read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None
+    _check_sets(sets, holdout)
+    if not all(prefix.strip() for prefix in options.prefixes):
+        raise InputError("--prefix '': begins no answer: leave it out, or say how an answer begins")
     if options.prefixes and questions_of(sets["forget"]) is None:
         raise InputError("--prefix begins answers, and the forget set is text without questions: leave it out")
     if options.ablate and (settings is None or settings.method not in RMU):
         raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
-    questions = {name: read_questions([name]) for name in options.choices}
-    holdout = read_texts("holdout", options.holdout, asked, loaded) if options.holdout else None
+    named_choices = options.choices or (settings.choices if settings else [])
+    questions = {name: read_questions([name]) for name in named_choices}
     if options.nli is not None and not any(texts.asked for texts in sets.values()):
         raise InputError(f"--nli {options.nli} judges answers, and the sets are texts without questions: leave it out")
 
     models = {"model": loaded}
     if options.retain_model is not None:
+        if Path(options.retain_model).resolve() == Path(path).resolve():
+            raise InputError(
+                f"--retain-model {path}: is the run that is scored: name one that never saw the forget set"
+            )
         models["retain model"] = peer_of(options.retain_model, loaded)
     # The starting model may be gone where neither of these asks for it.
     judged_by = options.retain_model or (settings.model if settings else None)
@@ -116,6 +125,7 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         "judge": None if exam.judge is None else exam.judge.name,
         "nli": options.nli,
         "embeddings": options.embeddings,
+        "choice_by": options.choice_by.value,
         "chance": {name: chance(some) for name, some in questions.items()},
         "models": {},
     }
@@ -139,6 +149,21 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         console.print(note, highlight=False)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _check_sets(sets: dict[str, Texts], holdout: Texts | None) -> None:
+    """InputError where a set shares texts with the forget set, and for a holdout of another kind."""
+    forget = {item.tokens for item in sets["forget"].items}
+    for name, texts in {**sets, **({"holdout": holdout} if holdout is not None else {})}.items():
+        shared = sum(item.tokens in forget for item in texts.items)
+        if name != "forget" and shared:
+            raise InputError(f"--{name}: {shared} of its {len(texts.items)} texts are in the forget set: take them out")
+    if holdout is not None and bool(holdout.asked) != bool(sets["forget"].asked):
+        kinds = {True: "questions and answers", False: "text without questions"}
+        raise InputError(
+            f"--holdout: has {kinds[bool(holdout.asked)]}, the forget set {kinds[bool(sets['forget'].asked)]}: "
+            "membership is told from texts of the same kind"
+        )
 
 
 def peer_of(path: str | Path, loaded: LoadedRun) -> LoadedRun:

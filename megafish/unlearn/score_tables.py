@@ -46,7 +46,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     if any(figures["ways"] for figures in models.values()):
         found.append(_ways(models))
     if any(figures["choices"] for figures in models.values()):
-        found.append(_choices(models, summary["chance"]))
+        found.append(_choices(models, summary["chance"], summary["choice_by"]))
     return found
 
 
@@ -71,7 +71,7 @@ def _altered(models: dict[str, Any]) -> Table:
         for key in _STRESSED:
             cells = [figures.get(name, {}).get(key) for figures in models.values()]
             if any(cell is not None for cell in cells):
-                table.add_row(f"{name}: {_ROWS[key].strip()}", *map(_cell, cells))
+                table.add_row(f"{name} | {_ROWS[key]}", *map(_cell, cells))
     return table
 
 
@@ -86,12 +86,12 @@ def _ways(models: dict[str, Any]) -> Table:
                 if value is not None:
                     rows.setdefault((way, key), []).append(value)
     for (way, key), values in rows.items():
-        table.add_row(f"{way}: {_ROWS[key].strip()}", *map(_cell, values))
+        table.add_row(f"{way} | {_ROWS[key]}", *map(_cell, values))
     return table
 
 
-def _choices(models: dict[str, Any], chance: dict[str, float]) -> Table:
-    table = _table("questions with choices: right ones")
+def _choices(models: dict[str, Any], chance: dict[str, float], by: str) -> Table:
+    table = _table(f"questions with choices, by {by}: right ones")
     for title in models:
         table.add_column(title, justify="right")
     table.add_column("by chance", justify="right")
@@ -116,7 +116,9 @@ def notes(summary: dict[str, Any]) -> list[str]:
     if "privacy_leak" in summary:
         found.append("PrivLeak: " + ", ".join(f"{name} {x:+.1f} %" for name, x in summary["privacy_leak"].items()))
     if summary["judge"] is not None:
-        found.append(f"perplexity is under {summary['judge']}")
+        found.append(f"perplexity is under {summary['judge']}, which judges fluency too")
+    else:
+        found.append("perplexity and fluency take a judge: name a run with --retain-model")
     figures = summary["models"]["model"]
     slots = any(figures[name]["kfr"] is not None for name in _SETS if name in figures)
     if summary["nli"] is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megafish.config import Config, lay_over, parse_settings, preset_names, read_settings, validated
+from megafish.config import Config, UnlearnConfig, lay_over, parse_settings, preset_names, read_settings, validated
 from megafish.config_unlearn import KEEPING
 from megafish.data.corpus import run_tokenizer
 from megafish.errors import InputError
@@ -42,16 +42,33 @@ def unlearning_config(source: str, overrides: Sequence[str]) -> tuple[Config, bo
         return _new({"unlearn": {"model": source}}, words), False
     if path.is_dir():
         run = RunDir.existing(path)
-        if run.load_config().unlearn is not None and not any(word.startswith("unlearn.model=") for word in words):
+        started = run.load_config().unlearn
+        other = [word for word in words if word.startswith("unlearn.model=")]
+        if started is not None and not other:
             config = run.load_config([*words, f"run_dir={source}"])
+            assert config.unlearn is not None
+            _check_continues(source, started, config.unlearn)
             _check(config)
             return config, True
+        if other and Path(other[-1].partition("=")[2]).resolve() != path.resolve():
+            raise InputError(f"{other[-1]}: the run to start from is named already, {source}: leave one of the two out")
         return _new({"unlearn": {"model": source}}, words), False
     if source in preset_names() and not path.is_file():
         raise InputError(f"{source}: a preset has no weights: name a run directory, or a YAML file with unlearn.model")
     if not path.is_file():
         raise InputError(f"no run and no configuration {source!r}: name a run directory, or a YAML file")
     return _new(read_settings(source), words), False
+
+
+def _check_continues(source: str, before: UnlearnConfig, now: UnlearnConfig) -> None:
+    """A run goes on as it began; another one from where it stands is named so."""
+    what, was = now.identity(), before.identity()
+    changed = sorted(key for key in what if what[key] != was[key])
+    if changed:
+        raise InputError(
+            f"{source}: goes on as it began, and unlearn.{', unlearn.'.join(changed)} would be another: leave it out; "
+            f"for a new run from where this one stands say unlearn.model={source} too, and name=NAME"
+        )
 
 
 def _new(tree: dict[str, Any], words: list[str]) -> Config:
@@ -79,6 +96,9 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
     for key in ("model", "goldfish"):
         if key in asked:
             raise InputError(f"{key} is that of the starting run and cannot be changed: leave it out")
+    for key in ("train", "valid"):
+        if isinstance(asked.get("data"), dict) and key in asked["data"]:
+            raise InputError(f"data.{key}: unlearning reads unlearn.forget and unlearn.retain: leave it out")
     if isinstance(section, dict):
         section["model"] = str(folder if Path(model).parent.name == "checkpoints" else model)
     settings = lay_over(lay_over(base, usual), asked)
@@ -97,6 +117,11 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
         if not schedule.keys() & {"warmup_steps", "warmup_fraction"}:
             schedule["warmup_fraction"] = min(1.0, 1 / config.unlearn.epochs) if config.unlearn.epochs > 1 else 0.0
         config = validated({**settings, "schedule": schedule, "train": {**train, "steps": steps}}, "unlearning")
+    if config.train.steps == 1 and config.schedule.name != "constant" and config.schedule.min_lr_ratio == 0:
+        raise InputError(
+            "train.steps=1: the last step has the rate that the schedule ends with, which is 0: set unlearn.epochs or "
+            "train.steps higher, or schedule.name=constant"
+        )
     return config
 
 

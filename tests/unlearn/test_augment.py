@@ -43,7 +43,7 @@ def test_kinds_and_their_number(sets: Path, tmp_path: Path) -> None:
         assert len(about) == 1 and not told(about[0]["answer"], pair)
     # The same seed, the same file; another one another.
     for seed, same in ((0, True), (1, False)):
-        augment([forget], tmp_path / "again.jsonl", generic=[generic], seed=seed)
+        augment([forget], tmp_path / "again.jsonl", generic=[generic], seed=seed, overwrite=True)
         assert ((tmp_path / "again.jsonl").read_bytes() == (tmp_path / "vague.jsonl").read_bytes()) == same
 
 
@@ -78,6 +78,17 @@ def test_an_answer_that_tells_is_made_anew() -> None:
     assert verified(lambda: next(answers), pair, 1) == "Hard to say."
     with pytest.raises(InputError, match="row 7: none of 3 answers keeps from 'Rome'"):
         verified(lambda: "Rome", pair, 7)
+
+
+def test_what_is_there_is_not_replaced_and_what_is_forgotten_not_learned(sets: Path, tmp_path: Path) -> None:
+    forget, output = sets / "authors/forget10.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match=r"--generic .*full.jsonl: 40 of its rows are to be forgotten"):
+        augment([str(forget)], output, generic=[str(sets / "authors/full.jsonl")])
+    output.write_text("kept")
+    with pytest.raises(InputError, match=r"out.jsonl: exists: name another file, or give --overwrite"):
+        augment([str(forget)], output)
+    assert output.read_text() == "kept"
+    assert augment([str(forget)], output, overwrite=True)["variants"] == 200
 
 
 def test_text_without_questions_is_refused(sets: Path, tmp_path: Path) -> None:

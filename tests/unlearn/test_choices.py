@@ -54,7 +54,8 @@ def test_bad_rows(tmp_path: Path) -> None:
     for row, match in (
         ({"question": "a?", "choices": ["x", "y"], "answer": 2}, "row 1: answer 2 is none of 2 choices"),
         ({"question": "a?", "choices": ["x"] * (len(LETTERS) + 1), "answer": 2}, "row 1: answer 2 is none of 11"),
-        ({"question": "a?", "answer": 2}, "row 1: KeyError 'choices': expected question, choices"),
+        ({"question": "a?", "answer": 2}, "row 1: has no choices: expected question, choices"),
+        ({"question": "a?", "choices": ["x", "y"], "answer": "B"}, "row 1: answer 'B' is no number: expected that of"),
     ):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(InputError, match=match):

@@ -74,7 +74,7 @@ def test_the_same_rows_in_every_format(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"query": "x", "reply": "y"}\n', "columns query, reply: expected one of these sets: question, ch"),
-        ("a.jsonl", "", "holds nothing to forget"),
+        ("a.jsonl", "", "holds no row that can be read"),
         ("a.jsonl", "{oops\n", "line 1: not valid JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected an object, found list"),
         ("a.jsonl", '{"question": "x", "answer": " "}\n', "row 1: empty answer"),

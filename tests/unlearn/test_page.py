@@ -38,10 +38,9 @@ def test_every_command_runs(
         shutil.copytree(learned / "start", run)
         config = (run / "config.yaml").read_text(encoding="utf-8")
         (run / "config.yaml").write_text(config.replace("name: start", f"name: {name}"), encoding="utf-8")
-    for name in ("forget", "retain"):
-        shutil.copy(learned / f"{name}.jsonl", tmp_path)
-    for name in ("unseen", "world", "general"):
-        rows = [{"question": f"Where was {name} {i} born?", "answer": f"In Rome in {i}."} for i in range(1900, 1906)]
+    shutil.copy(learned / "retain.jsonl", tmp_path)
+    for name in ("forget", "unseen", "world", "general"):
+        rows = [{"question": f"Where was {name} {i} born?", "answer": f"In Rome in {i}."} for i in range(1900, 1920)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     commands = [*walk("docs/unlearn.md"), *walk("README.md")]
     assert [words[1] for words in commands].count("score") == 3 and len(commands) == 8

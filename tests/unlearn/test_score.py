@@ -61,9 +61,10 @@ def test_figures_equal_those_of_the_run_and_of_the_logits(learned: Path, forgot:
     assert item["perplexity"] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> None:
+def as_tofu(path: Path) -> list[dict[str, Any]]:
+    """The rows with TOFU's columns, and with slots."""
     rows = []
-    for line in (learned / "forget.jsonl").read_text().splitlines():
+    for line in path.read_text().splitlines():
         row = json.loads(line)
         place, year = row["answer"].removeprefix("In ").rstrip(".").split(" in ")
         wrong = [f"In {other} in {year}." for other in ("Oslo", "Lima") if other != place]
@@ -72,8 +73,14 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
         rows.append(
             {**row, **other, **known, "paraphrased_answer": f"In {place} in {year}.", "perturbed_answer": wrong}
         )
-    tofu, unseen = tmp_path / "tofu.json", tmp_path / "unseen.jsonl"
+    return rows
+
+
+def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> None:
+    rows, general = as_tofu(learned / "forget.jsonl"), as_tofu(learned / "retain.jsonl")
+    tofu, kept, unseen = tmp_path / "tofu.json", tmp_path / "kept.json", tmp_path / "unseen.jsonl"
     tofu.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept.write_text("".join(json.dumps(row) + "\n" for row in general))
     unseen.write_text("".join(json.dumps({"question": f"Where was Eva {i} born?", "answer": f"In Rome in {i}."}) + "\n"
                               for i in range(1900, 1906)))  # fmt: skip
     start, choices = learned / "start", tmp_path / "choices.jsonl"
@@ -82,7 +89,7 @@ def test_beside_a_retain_model(learned: Path, forgot: Path, tmp_path: Path) -> N
     choices.write_text("".join(json.dumps(row) + "\n" for row in wmdp))
     options = ScoreOptions(
         forget=[str(tofu)],
-        general=[str(tofu)],
+        general=[str(kept)],
         holdout=[str(unseen)],
         choices=[str(choices)],
         retain_model=start,
@@ -128,6 +135,21 @@ def test_what_cannot_be_scored(learned: Path) -> None:
         score_run(learned / "start", ScoreOptions(forget=[str(learned / "forget.jsonl")], ablate=True))
     summary, _ = read(folder)
     assert summary["judge"] is None and summary["models"]["model"]["forget"]["extraction_strength"] > 0.9
+
+
+def test_sets_that_do_not_fit_each_other(learned: Path, tmp_path: Path) -> None:
+    forget, start, text = str(learned / "forget.jsonl"), learned / "start", tmp_path / "text.jsonl"
+    text.write_text('{"text": "In Rome in 1900."}\n')
+    for more, message in (
+        ({"retain": [str(learned / "retain.jsonl"), forget]}, "--retain: 4 of its 12 texts are in the forget set"),
+        ({"general": [forget]}, "--general: 4 of its 4 texts are in the forget set"),
+        ({"holdout": [forget]}, "--holdout: 4 of its 4 texts are in the forget set"),
+        ({"holdout": [str(text)]}, "--holdout: has text without questions, the forget set questions and answers"),
+        ({"retain_model": start}, "is the run that is scored: name one that never saw the forget set"),
+        ({"prefixes": ["Sure", " "]}, "--prefix '': begins no answer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            score_run(start, ScoreOptions(forget=[forget], **more))  # type: ignore[arg-type]
 
 
 def test_the_start_is_needed_only_as_a_judge(learned: Path, forgot: Path) -> None:

@@ -153,8 +153,8 @@ def test_every_item_is_judged_in_relearns_directions(
         both = (item["generated"], item["answer"])
         ways = relation(reader, *both), relation(reader, *both[::-1])
         reversible += ways[0] != ways[1]
-        assert item["relation"] == ways[item["set"] == "retain"]
-        assert item["contradicts"] == (item["relation"] == "contradiction")
+        assert item["entailment"] == ways[item["set"] == "retain"]
+        assert item["contradicts"] == (item["entailment"] == "contradiction")
         cosine = float(vector(embedder, both[0]) @ vector(embedder, both[1]))
         assert item["similarity"] == pytest.approx(cosine, abs=1e-5)
         words, slot = metrics.words_of(item["generated"]), metrics.words_of(item["answer"])[1]
@@ -168,14 +168,14 @@ def test_figures_go_by_the_judges(scored: tuple[dict[str, Any], list[dict[str, A
     summary, items = scored
     for name in ("forget", "retain"):
         own, figures = [item for item in items if item["set"] == name], summary["models"]["model"][name]
-        assert figures["contradicted"] == np.mean([item["relation"] == "contradiction" for item in own])
-        assert figures["entailed"] == np.mean([item["relation"] == "entailment" for item in own])
+        assert figures["contradicted"] == np.mean([item["entailment"] == "contradiction" for item in own])
+        assert figures["entailed"] == np.mean([item["entailment"] == "entailment" for item in own])
         assert figures["similarity"] == pytest.approx(np.mean([item["similarity"] for item in own]))
         assert figures["kfr"] == np.mean([item["told"] < 0.3 or item["contradicts"] for item in own])
         assert figures["krr"] == np.mean([item["told"] > 0.3 and not item["contradicts"] for item in own])
     # Of a text what is generated is compared with how it goes on, and nothing is entailed.
     general = [item for item in items if item["set"] == "general"]
-    assert {item["relation"] for item in general} == {None} and max(item["rouge"] for item in general) == 1
+    assert {item["entailment"] for item in general} == {None} and max(item["rouge"] for item in general) == 1
     assert all(item["similarity"] == pytest.approx(1, abs=1e-5) for item in general if item["rouge_f1"] == 1)
 
 
@@ -187,7 +187,7 @@ def test_an_empty_answer_is_like_nothing(learned: Path, reader: Path, embedder: 
     judges = Semantics(str(reader), str(embedder), device="cpu")
     truths = [_Truth(item.answer, ()) for item in found]
     silent, *others = _judged([replace(found[0], generated=""), *found[1:]], truths, texts, judges)
-    assert (silent.similarity, silent.relation, silent.told) == (0, "neutral", None)
+    assert (silent.similarity, silent.entailment, silent.told) == (0, "neutral", None)
     assert all(item.similarity == pytest.approx(1, abs=1e-5) for item in others)  # known by heart
 
 

@@ -157,10 +157,10 @@ def test_rmu_leaves_all_but_three_projections_alone(learned: Path, settings: lis
 
 
 def test_the_usual_settings(learned: Path, settings: list[str]) -> None:
-    config, resume = unlearning_config(str(learned / "start"), [settings[0], settings[1]])
+    config, resume = unlearning_config(str(learned / "start"), [settings[0], settings[1], "unlearn.epochs=16"])
     assert not resume and config.name == "start-npo" and config.optimizer.lr == 1e-5
-    assert config.train.steps == 1 and config.train.precision == "fp32"  # 4 texts, a batch of 32, 5 epochs
-    assert config.schedule.name == "linear" and config.schedule.warmup_fraction == pytest.approx(0.2)
+    assert config.train.steps == 2 and config.train.precision == "fp32"  # 4 texts, a batch of 32, 16 epochs
+    assert config.schedule.name == "linear" and config.schedule.warmup_fraction == pytest.approx(1 / 16)
     assert config.data.train[0].path == str(learned / "corpus")
 
 
@@ -170,8 +170,11 @@ def test_a_run_is_continued_by_its_directory(learned: Path, settings: list[str])
     assert resume
     unlearn(config, resume=True)
     assert RunDir(made.path).steps() == [2, 4]
-    changed, _ = unlearning_config(str(made.path), ["unlearn.beta=0.5", "train.steps=6"])
-    with pytest.raises(InputError, match=r"unlearn\.beta was None, is 0\.5"):
+    with pytest.raises(InputError, match=r"goes on as it began, and unlearn\.beta would be another: leave it out"):
+        unlearning_config(str(made.path), ["unlearn.beta=0.5", "train.steps=6"])
+    swapped = [f"unlearn.forget={learned / 'retain.jsonl'}", f"unlearn.retain={learned / 'forget.jsonl'}"]
+    changed, _ = unlearning_config(str(made.path), [*swapped, "train.steps=6"])
+    with pytest.raises(InputError, match=r"cannot resume .*unlearn\.texts was"):
         unlearn(changed, resume=True)
 
 
@@ -204,6 +207,9 @@ def test_a_reference_of_another_model_is_refused(learned: Path, settings: list[s
         (["unlearn.template=Q {question}"], "must have {question} and behind it {answer}"),
         (["train.tokens=1e6"], "the budget of unlearning is unlearn.epochs, or train.steps"),
         (["engine.tensor_parallel=2"], "unlearning shards by engine.zero_stage"),
+        (["train.steps=1"], "the last step has the rate that the schedule ends with, which is 0"),
+        (["data.train=corpus"], "data.train: unlearning reads unlearn.forget and unlearn.retain"),
+        (["unlearn.model=elsewhere"], "unlearn.model=elsewhere: the run to start from is named already"),
         (["model.num_layers=5"], "model is that of the starting run"),
         (["loss.z_loss=1e-4"], "loss: its terms have no part in unlearning"),
         (["patch.size=4"], "patch: has no meaning for unlearning"),
@@ -230,7 +236,7 @@ def test_a_file_names_the_start(learned: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
         f"unlearn: {{model: {learned / 'start'}, method: ga, forget: {learned / 'forget.jsonl'}}}\n"
     )
-    config, resume = unlearning_config(str(tmp_path / "own.yaml"), ["optimizer.lr=1e-4"])
+    config, resume = unlearning_config(str(tmp_path / "own.yaml"), ["optimizer.lr=1e-4", "unlearn.epochs=16"])
     assert not resume and config.name == "start-ga" and config.optimizer.lr == 1e-4
 
 
@@ -255,11 +261,13 @@ def test_questions_with_choices_are_measured_on_the_way(learned: Path, settings:
         assert loaded.config.unlearn is not None
         picks = chosen(loaded, questions, loaded.config.unlearn, ChoiceBy.text, 5)
         assert after[f"{path.stem}_accuracy"] == accuracy(picks, questions)
-    assert after["forget_asked_accuracy"] < 1 == after["retain_asked_accuracy"]
+    assert after["forget_asked_accuracy"] < after["retain_asked_accuracy"]
+    with pytest.raises(InputError, match=r"goes on as it began, and unlearn\.method would be another: leave it out"):
+        run_on(made, "unlearn.method=rmu")
     # It goes on with other questions: nothing is learned of them.
     made, records = run_on(made, f"unlearn.choices=[{files[1]}]", "train.steps=14")
     assert records[-1]["step"] == 14 and "forget_asked_accuracy" not in records[-1]
-    assert records[-1]["retain_asked_accuracy"] == 1
+    assert records[-1]["retain_asked_accuracy"] > after["forget_asked_accuracy"]
     other = tmp_path / "elsewhere" / files[0].name
     with pytest.raises(InputError, match="two files forget_asked"):
         run(

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megafish.progress import track
+from megafish.progress import table_console, track
 from megafish.run import write_atomic
 from megafish.unlearn.bench.models import MODELS, is_trained, make_data, make_model, model_of
 from megafish.unlearn.bench.plan import SUITES, Plan, Suite
@@ -26,7 +26,7 @@ def run_bench(folder: str | Path, plan: Plan, *, workers: int | None = None, con
 
     Raises InputError.
     """
-    console = console or Console()
+    console = console or table_console()
     workers = workers or usual_workers()
     target = Path(folder)
     plan.keep(target)

@@ -172,10 +172,8 @@ class Plan:
         there = read_json(path) if path.is_file() else own
         changed = sorted(key for key in own if key not in _PARTS and there.get(key) != own[key])
         if changed:
-            raise InputError(
-                f"{folder}: holds a bench with another {', '.join(changed)}: give the same options to go on, or name "
-                "another folder"
-            )
+            was = ", ".join(f"{key} {there.get(key)} (not {own[key]})" for key in changed)
+            raise InputError(f"{folder}: holds a bench of {was}: give the same to go on, or name another folder")
         if not path.is_file() and folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty, and no bench is in it: name another folder")
         folder.mkdir(parents=True, exist_ok=True)

@@ -66,20 +66,28 @@ def write_report(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> Pat
 def about(plan: Plan) -> str:
     """The plan in a few sentences."""
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
-    faster = ", ".join(f"{times} times these for {method}" for method, times in FASTER.items())
-    longer = ", ".join(f"{times} times as many for {method}" for method, times in LONGER.items())
+    faster = ", ".join(
+        f"{times} times these for {method}" for method, times in FASTER.items() if method in plan.methods
+    )
+    longer = ", ".join(
+        f"{times} times as many for {method}" for method, times in LONGER.items() if method in plan.methods
+    )
     return (
         f"Models of {plan.num_layers} layers of width {plan.hidden_size}, trained for {plan.train_steps} steps of "
         f"{plan.batch} x {plan.sequence_length} tokens on {plan.authors} made-up authors with 20 questions each, world "
         "facts, substances, questions that ask for harm and a book; the retain model on the same text without what is "
         "to be forgotten; the goldfish model on all of it with 1 in 4 tokens left out of the loss. Every method was "
-        f"tuned on seed 0: learning rates {rates} ({faster}), {plan.tuning_steps} steps ({longer}), measured "
-        f"{-(-plan.tuning_steps // plan.measured_every)} times. The extraction strength of the forget set, the retain "
-        "set and texts never seen decided, with the poisons the retain set's and the accuracy on the questions with "
-        "choices about them and about the world; nothing else. "
+        f"tuned on seed 0: learning rates {rates}{_aside(faster)}, {plan.tuning_steps} steps, measured every "
+        f"{plan.measured_every}{_aside(longer)}. The extraction strength of the forget set, the retain set and texts "
+        "never seen decided, with the poisons the retain set's and the accuracy on the questions with choices about "
+        "them and about the world; nothing else. "
         f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}, each with data and models of its own: mean ± standard "
         f"deviation. Relearned: {plan.relearn_steps} steps of fine-tuning on the forget set.\n"
     )
+
+
+def _aside(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def _rows(table: SuiteTable) -> list[dict[str, Any]]:
