@@ -11,13 +11,16 @@ States (weights, masters, moments) are there at all four.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
 
 from megafish.config import Config
 from megafish.config_deepspeed import REDUCE_BUCKET
 from megafish.plan.activations import Activations, activations_of
 from megafish.plan.hardware import GIB
 from megafish.plan.layout import Layout
-from megafish.plan.states import Parameters, States, parameters_of, states_of
+from megafish.plan.states import Parameters, States, block_shapes, parameters_of, states_of
+from megafish.run import RunDir
 
 FP32 = 4
 CUDA_RUNTIME = 0.75 * GIB
@@ -36,6 +39,7 @@ PARTS = (
     "parameters",
     "masters",
     "moments",
+    "premature",
     "gradients",
     "activations",
     "head",
@@ -82,6 +86,7 @@ def plan_memory(
     states = states_of(parameters, layout)
     acts = activations_of(config, vocab_size, layout, kept_fraction)
     always = {"parameters": states.parameters, "masters": states.masters, "moments": states.moments}
+    always["premature"] = _premature(config, vocab_size, layout)
     moments = {
         "forward": _forward(parameters, states, acts, layout),
         "backward": _backward(parameters, states, acts, layout),
@@ -110,6 +115,23 @@ def _copies(config: Config, parameters: Parameters, layout: Layout) -> float:
     if not config.checkpoint.asynchronous or config.checkpoint.interval is None:
         return 0.0
     return (FP32 + parameters.moment_bytes) * parameters.total / layout.shards
+
+
+def _premature(config: Config, vocab_size: int, layout: Layout) -> float:
+    """Weights of the model that `contrast.premature` names: frozen, and cut at ZeRO-3 alone, block by block. Where its
+    run is not on this machine it is taken to be of the shape of the model in training, which it is a checkpoint of."""
+    if config.contrast.premature is None:
+        return 0.0
+    path = Path(config.contrast.premature)
+    run = RunDir(path.parents[1] if path.parent.name == "checkpoints" else path)
+    shape = run.load_config().model if run.config_file.is_file() else config.model
+    per_block = sum(prod(each) for each in block_shapes(shape, layout.tensor).values())
+    whole = parameters_of(config.model_copy(update={"model": shape}), vocab_size, layout.tensor).total
+    if layout.stage != 3 or layout.shards == 1:
+        return float(layout.itemsize * whole)
+    blocks = per_block * shape.num_layers
+    gathered = min(2, shape.num_layers) * per_block  # the one that computes, and the next one
+    return float(layout.itemsize * (whole - blocks + blocks / layout.shards + gathered))
 
 
 def kept_share(config: Config) -> float:

@@ -16,6 +16,7 @@ from megafish.model.transformer import Transformer
 from megafish.plan.layout import Layout, layout_of
 from megafish.plan.memory import plan_memory
 from megafish.plan.states import parameters_of, states_of
+from megafish.run import RunDir
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
 PARTS = ("parameters", "masters", "moments", "gradients")
@@ -98,6 +99,23 @@ def test_peak_of_a_process_is_within_ten_per_cent(monkeypatch: pytest.MonkeyPatc
     assert len(results) == 2
     for result in results:
         assert abs(result["total"] - result["peak"]) < 0.1 * result["peak"], result
+
+
+def test_the_premature_model_is_counted(tmp_path: Path) -> None:
+    """Whole, in the type of the training; at ZeRO-3 its blocks are cut, but for two that are in use. Its run says its
+    shape; where there is none it is that of the model."""
+    other = load_config("tiny", ["model.num_layers=7", f"run_dir={tmp_path}"])
+    RunDir(tmp_path).save_config(other)
+    for path, shaped in (("elsewhere", load_config("tiny", [])), (str(tmp_path), other)):
+        sizes = {name: p.numel() for name, p in model_of(shaped).named_parameters()}
+        block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
+        blocks = block * shaped.model.num_layers
+        for stage, wanted in ((1, sum(sizes.values())), (3, sum(sizes.values()) - blocks + blocks / 4 + 2 * block)):
+            words = [f"engine.zero_stage={stage}", f"contrast.premature={path}", "train.precision=bf16"]
+            plan = plan_memory(load_config("tiny", words), 1000, layout_of(load_config("tiny", words), 4, "cuda"))
+            assert plan.parts["premature"] == 2 * wanted
+    config = load_config("tiny", [])
+    assert plan_memory(config, 1000, layout_of(config, 4, "cuda")).parts["premature"] == 0
 
 
 def test_copies_and_muon_are_counted() -> None:
