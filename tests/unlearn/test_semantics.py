@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,22 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("models") / "embeddings", None)
 
 
+@cache
+def loaded_by_hand(kind: Any, folder: Path) -> tuple[Any, Any]:
+    return transformers.AutoTokenizer.from_pretrained(folder), kind.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def relation(folder: Path, premise: str, hypothesis: str) -> str:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    logits = model.eval()(**tokenizer(premise, hypothesis, return_tensors="pt")).logits[0]
+    tokenizer, model = loaded_by_hand(transformers.AutoModelForSequenceClassification, folder)
+    logits = model(**tokenizer(premise, hypothesis, return_tensors="pt")).logits[0]
     return str(model.config.id2label[int(logits.argmax())]).lower()
 
 
 @torch.no_grad()
 def vector(folder: Path, text: str) -> torch.Tensor:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder)
-    mean = model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+    tokenizer, model = loaded_by_hand(transformers.AutoModel, folder)
+    mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
     return mean / mean.norm()
 
 
