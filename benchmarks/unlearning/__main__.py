@@ -2,7 +2,7 @@
 
     python benchmarks/unlearning --folder FOLDER [--save]
 
-runs `megafish unlearn bench` with its usual plan, which takes one to two hours on two cores and goes on where it was
+runs `megafish unlearn bench` with its usual plan, which takes an hour and a half on two cores and goes on where it was
 stopped. --save puts its tables into results/ and its plots of the authors into docs/images/.
 """
 

@@ -197,7 +197,7 @@ def augment(
 
 
 @unlearn.command(
-    epilog="Example: megafish unlearn bench runs/unlearning (two hours on two cores; a second call goes on)"
+    epilog="Example: megafish unlearn bench runs/unlearning (an hour and a half on two cores; a second call goes on)"
 )
 def bench(
     output: Annotated[Path, typer.Argument(help="Folder to work in; one with a bench in it is continued")],

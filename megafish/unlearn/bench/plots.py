@@ -95,27 +95,34 @@ def stress(records: Records) -> Figure:
 
 
 def _label_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points, each on the side where it lies on no other name and on no point."""
+    """Names beside their points, each on the side where it lies on no other name and on no point; a line leads to one
+    that is not at the height of its point."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    wide, high = (right - left) * 0.0125, (top - bottom) * 0.045  # of a character, of a line
+    right += 0.12 * (right - left)  # room for the names of the points on the right
+    axes.set_xlim(left, right)
+    wide, high = (right - left) * 0.0115, (top - bottom) * 0.045  # of a character, of a line
     gap = 1.2 * wide
     taken = [(x - gap / 2, x + gap / 2, y) for x, y in points.values()]
+    heights = sorted((high * n for n in range(-6, 7)), key=lambda shift: (abs(shift), -shift))
     for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         width = wide * len(name)
         places = [
-            (at, y + shift)
-            for shift in (0.0, high, -high, 2 * high, -2 * high)
-            for at in (x + gap, x - gap - width)
-            if y + shift > bottom
+            (x + gap if to_the_right else x - gap - width, y + shift, to_the_right)
+            for shift in heights
+            for to_the_right in (True, False)
         ]
         free = [
-            (at, line)
-            for at, line in places
+            (at, line, to_the_right)
+            for at, line, to_the_right in places
+            if line > bottom and at > left and at + width < right
             if not any(at < end and begin < at + width and abs(line - other) < high for begin, end, other in taken)
         ]
-        at, line = (free or places)[0]
+        at, line, to_the_right = (free or places)[0]
         taken.append((at, at + width, line))
-        _write(axes, name, at, line)
+        near = at if to_the_right else at + width
+        _write(axes, name, near, line, "left" if to_the_right else "right")
+        if line != y:
+            axes.plot([x, near], [y, line], color=INK["light"]["muted"], lw=0.6, zorder=0)
 
 
 def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
@@ -133,9 +140,9 @@ def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
         _write(axes, name, ends[name][0] * 1.01, line)
 
 
-def _write(axes: Any, name: str, x: float, y: float) -> None:
+def _write(axes: Any, name: str, x: float, y: float, side: str = "left") -> None:
     colour = _BASELINES.get(name, INK["light"]["text"])
-    axes.annotate(name, (x, y), fontsize=8, va="center", color=colour, annotation_clip=False)
+    axes.annotate(name, (x, y), fontsize=8, va="center", ha=side, color=colour, annotation_clip=False)
 
 
 def _models(records: Records) -> list[str]:
