@@ -89,7 +89,8 @@ class Premature:
             part.load_state_dict(state, assign=True, strict=False)
             part.requires_grad_(False)
             if devices is not None and part is not model:
-                fully_shard(part, mesh=devices)
+                # Said, not left to torch: each block is a root of its own, and a root stays whole after a forward pass.
+                fully_shard(part, mesh=devices, reshard_after_forward=True)
         model.tie()
         self.model = model.eval()
 

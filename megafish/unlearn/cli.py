@@ -108,15 +108,13 @@ def score(
     def names(paths: Files) -> list[str]:
         return [str(path) for path in paths or []]
 
-    if choice_by is not None and not choices:
-        raise InputError("--choice-by without --choices has no meaning: name a file of questions, or leave it out")
     options = ScoreOptions(
         forget=names(forget),
         retain=names(retain),
         general=names(general),
         holdout=names(holdout),
         choices=names(choices),
-        choice_by=choice_by or ChoiceBy.text,
+        choice_by=choice_by,
         retain_model=retain_model,
         roundings=rounding or [],
         prefixes=prefix or [],

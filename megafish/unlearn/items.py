@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ GATE = 99
 more different pairs of words than an answer needs."""
 PAIRED = 3
 """Words from which on pairs say something."""
+VARIED = 0.5
+"""Share of different pairs that an answer needs where no true one has so many words."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class ItemScore:
     perplexity: float | None
     """Of what is generated, under the judge; None where it is empty."""
     fluent: bool | None
-    """No less likely to the judge, and no less varied, than nearly all true answers; False where it is empty, None
-    without a judge."""
+    """At least as likely to the judge, and as varied, as all but the last hundredth of the true answers; False where it
+    is empty, None without a judge."""
     distinct_2: float
     repetition: float
     brunet: float
@@ -148,12 +151,40 @@ def questions_of(texts: Texts) -> Texts | None:
 
 
 def make_judge(loaded: LoadedRun, name: str, sets: Sequence[Texts], batch_size: int) -> Judge:
-    """A judge whose gates are set by the true answers of the sets."""
-    items = [item for texts in sets for item in texts.items]
+    """A judge whose gates are set by the true answers of the sets, and by how their texts go on."""
+    end = loaded.tokenizer.eos_id
+    items = [_continuation(item, end) if pair.question is None else item for pair, item in _rows(sets)]
     losses = _mean_losses(answer_scores(loaded, items, batch_size), ended=False)
-    answers = [metrics.words_of(pair.answer) for texts in sets for pair in texts.pairs]
-    shares = [metrics.distinct(words, 2) for words in answers if len(words) >= PAIRED] or [0.0]
-    return Judge(loaded, name, float(np.percentile(losses, GATE)), float(np.percentile(shares, 100 - GATE)))
+    decode = loaded.tokenizer.decode
+    answers = [
+        pair.answer if pair.question is not None else decode(item.tokens[item.start :])
+        for (pair, _), item in zip(_rows(sets), items, strict=True)
+    ]
+    shares = [metrics.distinct(words, 2) for words in map(metrics.words_of, answers) if len(words) >= PAIRED]
+    varied = float(np.percentile(shares, 100 - GATE)) if shares else VARIED
+    return Judge(loaded, name, float(np.percentile(losses, GATE)), varied)
+
+
+def _rows(sets: Sequence[Texts]) -> Iterator[tuple[Pair, Item]]:
+    return chain.from_iterable(zip(texts.pairs, texts.items, strict=True) for texts in sets)
+
+
+def _half(item: Item) -> int:
+    """Tokens of a text without a question that are given."""
+    return max(1, len(item.tokens) // 2)
+
+
+def _continuation(item: Item, end: int) -> Item:
+    """A text as it is judged when it is generated: its first half given, and what follows, as far as it is asked for,
+    with the token that ends it, which `_mean_losses` leaves out."""
+    start = _half(item)
+    return Item((*item.tokens[:start], *_follows(item, start, end), end), start)
+
+
+def _follows(item: Item, start: int, end: int) -> tuple[int, ...]:
+    """What truly follows the first `start` tokens, without the token that ends the text."""
+    whole = item.tokens[:-1] if item.tokens[-1] == end else item.tokens
+    return whole[start : start + VERBATIM_TOKENS]
 
 
 def score_items(
@@ -196,11 +227,10 @@ class _Truth(NamedTuple):
 
 
 def _truth(pair: Pair, item: Item, written: Item, loaded: LoadedRun) -> _Truth:
-    whole = item.tokens[:-1] if item.tokens[-1] == loaded.tokenizer.eos_id else item.tokens
-    follows = whole[written.start : written.start + VERBATIM_TOKENS]
+    follows = _follows(item, written.start, loaded.tokenizer.eos_id)
     if pair.question is not None:
         return _Truth(pair.answer, follows)
-    given, decode = whole[: written.start], loaded.tokenizer.decode
+    given, decode = item.tokens[: written.start], loaded.tokenizer.decode
     return _Truth(decode([*given, *follows])[len(decode(given)) :].strip(), follows)
 
 
@@ -214,7 +244,16 @@ def _judged(items: list[ItemScore], truths: list[_Truth], texts: Texts, semantic
         shares = [
             slots.told(item.generated, pair, semantics.names) for item, pair in zip(items, texts.pairs, strict=True)
         ]
-        items = [replace(item, similarity=similarity.get(i, 0.0), told=shares[i]) for i, item in enumerate(items)]
+        items = [
+            replace(
+                item,
+                similarity=similarity.get(i, 0.0),
+                told=shares[i],
+                # Who names the true value, in whatever words, names no other in its place.
+                contradicts=item.contradicts and not shares[i],
+            )
+            for i, item in enumerate(items)
+        ]
     if semantics.nli is not None:
         asked = [i for i in said if items[i].question is not None]
         pairs = [(items[i].generated, truths[i].words) for i in asked]
@@ -239,7 +278,7 @@ def _write(
     prompt with them as tokens."""
     prompts, limits = [], []
     for pair, item in zip(texts.pairs, texts.items, strict=True):
-        given = item.start if pair.question is not None else max(1, len(item.tokens) // 2)
+        given = item.start if pair.question is not None else _half(item)
         prompt = item.tokens[:given]
         if prefix and pair.question is not None:
             prompt = _begun(loaded, texts.settings, pair, prefix)

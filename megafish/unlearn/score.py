@@ -42,7 +42,8 @@ class ScoreOptions:
     holdout: list[str] = field(default_factory=list)
     """Texts like those of the forget set that no model has seen."""
     choices: list[str] = field(default_factory=list)
-    choice_by: ChoiceBy = ChoiceBy.text
+    choice_by: ChoiceBy | None = None
+    """None: by text."""
     retain_model: str | Path | None = None
     """A run that never saw the forget set. It is also the judge of fluency; without it the starting model is."""
     roundings: Sequence[Rounding] = ()
@@ -83,6 +84,9 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
     if options.ablate and (settings is None or settings.method not in RMU):
         raise InputError(f"--ablate: {path} is no run of rmu or adaptive_rmu: leave it out")
     named_choices = options.choices or (settings.choices if settings else [])
+    if options.choice_by is not None and not named_choices:
+        raise InputError("--choice-by without --choices has no meaning: name a file of questions, or leave it out")
+    choice_by = options.choice_by or ChoiceBy.text
     questions = {name: read_questions([name]) for name in named_choices}
     if options.nli is not None and not any(texts.asked for texts in sets.values()):
         raise InputError(f"--nli {options.nli} judges answers, and the sets are texts without questions: leave it out")
@@ -109,7 +113,7 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         judge=None if by is None else make_judge(by, str(judged_by), list(sets.values()), options.batch_size),
         holdout=holdout,
         questions=questions,
-        choice_by=options.choice_by,
+        choice_by=choice_by,
         prefixes=options.prefixes,
         semantics=semantics,
         batch_size=options.batch_size,
@@ -125,7 +129,7 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
         "judge": None if exam.judge is None else exam.judge.name,
         "nli": options.nli,
         "embeddings": options.embeddings,
-        "choice_by": options.choice_by.value,
+        "choice_by": choice_by.value,
         "chance": {name: chance(some) for name, some in questions.items()},
         "models": {},
     }
@@ -152,18 +156,37 @@ def score_run(path: str | Path, options: ScoreOptions, *, console: Console | Non
 
 
 def _check_sets(sets: dict[str, Texts], holdout: Texts | None) -> None:
-    """InputError where a set shares texts with the forget set, and for a holdout of another kind."""
-    forget = {item.tokens for item in sets["forget"].items}
-    for name, texts in {**sets, **({"holdout": holdout} if holdout is not None else {})}.items():
-        shared = sum(item.tokens in forget for item in texts.items)
+    """InputError where a set shares texts with the forget set, the holdout with any, and for one of another kind."""
+    forget = sets["forget"]
+    forgotten = {item.tokens for item in forget.items}
+    for name, texts in sets.items():
+        shared = sum(item.tokens in forgotten for item in texts.items)
         if name != "forget" and shared:
-            raise InputError(f"--{name}: {shared} of its {len(texts.items)} texts are in the forget set: take them out")
-    if holdout is not None and bool(holdout.asked) != bool(sets["forget"].asked):
-        kinds = {True: "questions and answers", False: "text without questions"}
+            raise InputError(
+                f"{name}: {shared} of its {len(texts.items)} texts are in the forget set: name another file with "
+                f"--{name}, or take them out"
+            )
+    if holdout is None:
+        return
+    for name, texts in sets.items():
+        seen = {item.tokens for item in texts.items}
+        shared = sum(item.tokens in seen for item in holdout.items)
+        if shared:
+            raise InputError(
+                f"--holdout: {shared} of its {len(holdout.items)} texts are in the {name} set, and no model may have "
+                "seen them: take them out"
+            )
+    if _kind(holdout) != _kind(forget):
         raise InputError(
-            f"--holdout: has {kinds[bool(holdout.asked)]}, the forget set {kinds[bool(sets['forget'].asked)]}: "
-            "membership is told from texts of the same kind"
+            f"--holdout: has {_kind(holdout)}, the forget set {_kind(forget)}: membership is told from texts of the "
+            "same kind"
         )
+
+
+def _kind(texts: Texts) -> str:
+    if not texts.asked:
+        return "text without questions"
+    return "questions and answers" if len(texts.asked) == len(texts.pairs) else "both questions and text"
 
 
 def peer_of(path: str | Path, loaded: LoadedRun) -> LoadedRun:

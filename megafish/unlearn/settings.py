@@ -38,26 +38,41 @@ def unlearning_config(source: str, overrides: Sequence[str]) -> tuple[Config, bo
         raise InputError(
             f"{source}: a Hugging Face folder: make a run of it first, `megafish import {source} --to RUN`"
         )
-    if path.is_dir() and path.parent.name == "checkpoints":
-        return _new({"unlearn": {"model": source}}, words), False
     if path.is_dir():
+        given = parse_settings(words)
+        section = given.get("unlearn")
+        named = section.get("model") if isinstance(section, dict) else None
+        if named is not None and Path(str(named)).resolve() != path.resolve():
+            raise InputError(
+                f"unlearn.model={named}: the run to start from is named already, {source}: leave one of the two out"
+            )
+        _check_given(given)
+        if path.parent.name == "checkpoints":
+            return _new({"unlearn": {"model": source}}, words), False
         run = RunDir.existing(path)
         started = run.load_config().unlearn
-        other = [word for word in words if word.startswith("unlearn.model=")]
-        if started is not None and not other:
+        if started is not None and named is None:
             config = run.load_config([*words, f"run_dir={source}"])
             assert config.unlearn is not None
             _check_continues(source, started, config.unlearn)
             _check(config)
             return config, True
-        if other and Path(other[-1].partition("=")[2]).resolve() != path.resolve():
-            raise InputError(f"{other[-1]}: the run to start from is named already, {source}: leave one of the two out")
         return _new({"unlearn": {"model": source}}, words), False
     if source in preset_names() and not path.is_file():
         raise InputError(f"{source}: a preset has no weights: name a run directory, or a YAML file with unlearn.model")
     if not path.is_file():
         raise InputError(f"no run and no configuration {source!r}: name a run directory, or a YAML file")
     return _new(read_settings(source), words), False
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    """What no unlearning run takes from its user."""
+    for key in ("model", "goldfish"):
+        if key in given:
+            raise InputError(f"{key} is that of the starting run and cannot be changed: leave it out")
+    for key in ("train", "valid"):
+        if isinstance(given.get("data"), dict) and key in given["data"]:
+            raise InputError(f"data.{key}: unlearning reads unlearn.forget and unlearn.retain: leave it out")
 
 
 def _check_continues(source: str, before: UnlearnConfig, now: UnlearnConfig) -> None:
@@ -93,12 +108,7 @@ def _new(tree: dict[str, Any], words: list[str]) -> Config:
         "train": {"precision": its.train.precision, "device": its.train.device},
         "engine": {"zero_stage": 1},
     }
-    for key in ("model", "goldfish"):
-        if key in asked:
-            raise InputError(f"{key} is that of the starting run and cannot be changed: leave it out")
-    for key in ("train", "valid"):
-        if isinstance(asked.get("data"), dict) and key in asked["data"]:
-            raise InputError(f"data.{key}: unlearning reads unlearn.forget and unlearn.retain: leave it out")
+    _check_given(asked)
     if isinstance(section, dict):
         section["model"] = str(folder if Path(model).parent.name == "checkpoints" else model)
     settings = lay_over(lay_over(base, usual), asked)

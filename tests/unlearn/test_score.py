@@ -16,6 +16,7 @@ from megafish.errors import InputError
 from megafish.model.load import load_run
 from megafish.unlearn.items import Judge, make_judge, read_texts
 from megafish.unlearn.loop import unlearn
+from megafish.unlearn.options import ChoiceBy
 from megafish.unlearn.score import ScoreOptions, score_run
 from megafish.unlearn.settings import unlearning_config
 from tests.helpers import read_metrics
@@ -140,10 +141,21 @@ def test_what_cannot_be_scored(learned: Path) -> None:
 def test_sets_that_do_not_fit_each_other(learned: Path, tmp_path: Path) -> None:
     forget, start, text = str(learned / "forget.jsonl"), learned / "start", tmp_path / "text.jsonl"
     text.write_text('{"text": "In Rome in 1900."}\n')
+    kept, unseen = str(learned / "retain.jsonl"), str(tmp_path / "unseen.jsonl")
+    Path(unseen).write_text('{"question": "Where was Eva born?", "answer": "In Rome in 1900."}\n')
     for more, message in (
-        ({"retain": [str(learned / "retain.jsonl"), forget]}, "--retain: 4 of its 12 texts are in the forget set"),
-        ({"general": [forget]}, "--general: 4 of its 4 texts are in the forget set"),
+        (
+            {"retain": [str(learned / "retain.jsonl"), forget]},
+            "retain: 4 of its 12 texts are in the forget set: name another file with --retain",
+        ),
+        ({"general": [forget]}, "general: 4 of its 4 texts are in the forget set"),
         ({"holdout": [forget]}, "--holdout: 4 of its 4 texts are in the forget set"),
+        ({"retain": [kept], "holdout": [kept]}, "--holdout: 8 of its 8 texts are in the retain set, and no model may"),
+        (
+            {"holdout": [str(text), unseen]},
+            "--holdout: has both questions and text, the forget set questions and answers",
+        ),
+        ({"choice_by": ChoiceBy.letter}, "--choice-by without --choices has no meaning"),
         ({"holdout": [str(text)]}, "--holdout: has text without questions, the forget set questions and answers"),
         ({"retain_model": start}, "is the run that is scored: name one that never saw the forget set"),
         ({"prefixes": ["Sure", " "]}, "--prefix '': begins no answer"),
@@ -190,10 +202,29 @@ def test_what_is_fluent(learned: Path) -> None:
     assert not judge.finds_fluent([], 0.1) and not judge.finds_fluent(said, None)
 
 
-def test_a_judges_gates_are_of_the_true_answers(learned: Path) -> None:
+def test_a_judges_gates_are_of_the_true_answers(learned: Path, tmp_path: Path) -> None:
     loaded, files = load_run(learned / "start", device="cpu"), [str(learned / "retain.jsonl")]
     texts = read_texts("retain", files, UnlearnConfig(model="a", method="ga", forget=files), loaded)
     judge = make_judge(loaded, "start", [texts], 8)
     losses = [loss(learned / "start", pair.question or "", pair.answer, ended=False) for pair in texts.pairs]
     assert judge.gate == pytest.approx(np.percentile(losses, 99), rel=1e-3)
     assert judge.varied == 1  # "In Lima in 1912": all pairs differ
+    # Of a text what is judged is how it goes on, and so are the gates.
+    book = tmp_path / "book.txt"
+    book.write_text(
+        "In Rome the old town was born in the year of the moon.\n\nIn Oslo he was in Lima in the year 1912."
+    )
+    texts = read_texts("forget", [str(book)], UnlearnConfig(model="a", method="ga", forget=[str(book)]), loaded)
+    judge, losses = make_judge(loaded, "start", [texts], 8), []
+    for item in texts.items:
+        with torch.no_grad():
+            log_p = (
+                loaded.model(torch.tensor([item.tokens[:-2]]))[0, :, : loaded.model.vocab_size].double().log_softmax(-1)
+            )
+        half, known = len(item.tokens) // 2, torch.tensor(item.tokens[1:-1])
+        losses.append(float(-log_p[torch.arange(len(known)), known][half - 1 :].mean()))
+    assert judge.gate == pytest.approx(np.percentile(losses, 99), rel=1e-3)
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"question": "Who?", "answer": "Ann."}\n')
+    texts = read_texts("forget", [str(short)], UnlearnConfig(model="a", method="ga", forget=[str(short)]), loaded)
+    assert make_judge(loaded, "start", [texts], 8).varied == 0.5  # no true answer has pairs to go by

@@ -195,6 +195,25 @@ def test_an_empty_answer_is_like_nothing(learned: Path, reader: Path, embedder: 
     assert all(item.similarity == pytest.approx(1, abs=1e-5) for item in others)  # known by heart
 
 
+def test_who_names_a_value_in_other_words_names_no_other_in_its_place(learned: Path, embedder: Path) -> None:
+    loaded, files = load_run(learned / "start", device="cpu"), [str(learned / "forget.jsonl")]
+    texts = read_texts("forget", files, UnlearnConfig(model="a", method="ga", forget=files), loaded)
+    pairs = [pair._replace(relation="born", slots=("old town",)) for pair in texts.pairs]
+    texts = replace(texts, pairs=pairs)
+    judges = Semantics(None, str(embedder), device="cpu")
+    near = max(WORDS, key=lambda word: float(vector(embedder, word) @ vector(embedder, "old town")))
+    found = score_items(loaded, texts, None, {"born": {"old town", "oslo"}}, 8)
+    far = min(WORDS, key=lambda word: float(vector(embedder, word) @ vector(embedder, "old town")))
+    said = [
+        replace(item, generated=f"oslo {word}", contradicts=True)
+        for item, word in zip(found, (near, far), strict=False)
+    ]
+    truths = [_Truth(item.answer, ()) for item in said]
+    two = replace(texts, pairs=pairs[:2], items=texts.items[:2])
+    for item in _judged(said, truths, two, judges):
+        assert item.told is not None and item.contradicts == (not item.told)
+
+
 def test_models_that_do_not_fit(learned: Path, tmp_path: Path, embedder: Path) -> None:
     other = save(tmp_path / "other", ("good", "bad"))
     with pytest.raises(InputError, match=r"--nli .*other: its labels are good, bad, expected entailment, neutral"):

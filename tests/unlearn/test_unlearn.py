@@ -209,6 +209,7 @@ def test_a_reference_of_another_model_is_refused(learned: Path, settings: list[s
         (["engine.tensor_parallel=2"], "unlearning shards by engine.zero_stage"),
         (["train.steps=1"], "the last step has the rate that the schedule ends with, which is 0"),
         (["data.train=corpus"], "data.train: unlearning reads unlearn.forget and unlearn.retain"),
+        (["unlearn={model: elsewhere}"], "unlearn.model=elsewhere: the run to start from is named already"),
         (["unlearn.model=elsewhere"], "unlearn.model=elsewhere: the run to start from is named already"),
         (["model.num_layers=5"], "model is that of the starting run"),
         (["loss.z_loss=1e-4"], "loss: its terms have no part in unlearning"),
@@ -264,6 +265,14 @@ def test_questions_with_choices_are_measured_on_the_way(learned: Path, settings:
     assert after["forget_asked_accuracy"] < after["retain_asked_accuracy"]
     with pytest.raises(InputError, match=r"goes on as it began, and unlearn\.method would be another: leave it out"):
         run_on(made, "unlearn.method=rmu")
+    for word, message in (
+        ("data.train=corpus", "data.train: unlearning reads"),
+        ("goldfish.k=4", "goldfish is that of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_on(made, word)
+    with pytest.raises(InputError, match="the run to start from is named already"):
+        unlearning_config(str(made.latest()), [f"unlearn.model={learned / 'start'}"])
     # It goes on with other questions: nothing is learned of them.
     made, records = run_on(made, f"unlearn.choices=[{files[1]}]", "train.steps=14")
     assert records[-1]["step"] == 14 and "forget_asked_accuracy" not in records[-1]
