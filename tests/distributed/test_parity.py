@@ -132,6 +132,37 @@ def test_contrast_agrees(launch: Launch, settings: list[str], tmp_path: Path) ->
         assert [step["corrected_tokens"] for step in curve["train"]] == corrected
 
 
+PREMATURE = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+from megafish.config import ContrastConfig
+from megafish.model.load import load_run
+from megafish.objective.contrast import Premature
+from megafish.train.engine import start_processes
+
+processes = start_processes("cpu")
+tokenizer = load_run(sys.argv[1], device="cpu").tokenizer
+config = ContrastConfig(premature=sys.argv[1])
+premature = Premature(config, tokenizer, processes.mesh, processes.device, torch.float32, sharded=True)
+tokens, ends = torch.ones(1, 16, dtype=torch.int64), torch.tensor([0, 16], dtype=torch.int32)
+for _ in range(2):
+    with torch.no_grad():
+        premature.model.hidden_rows(tokens, torch.arange(16), cu_seqlens=ends, max_seqlen=16)
+    assert all(isinstance(parameter, DTensor) for parameter in premature.model.blocks.parameters())
+"""
+
+
+def test_blocks_of_a_sharded_premature_model_are_whole_only_while_they_compute(
+    launch: Launch, settings: list[str], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    own = ["train.steps=1", "checkpoint.interval=null", "name=first", f"run_dir={first}"]
+    finish(launch(1, "-m", "megafish", "train", "tiny", *settings, *own))
+    (tmp_path / "premature.py").write_text(PREMATURE, encoding="utf-8")
+    finish(launch(2, str(tmp_path / "premature.py"), str(first)))
+
+
 def compare(key: Any, curve: dict[str, list[dict[str, Any]]], reference: dict[str, list[dict[str, Any]]]) -> None:
     """All records of a run equal those of the reference, but for the order of sums."""
     for ours, theirs in zip(curve["train"], reference["train"], strict=True):
