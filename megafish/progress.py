@@ -17,12 +17,12 @@ _BINARY = ("", "Ki", "Mi", "Gi", "Ti")
 _DECIMAL = ("", "k", "M", "G", "T")
 
 
-def table_console() -> Console:
-    """For tables: under a pipe so wide that none of their cells is cut."""
+def table_console(width: int = 240, console: Console | None = None) -> Console:
+    """For tables: under a pipe `width` characters wide, so that none of their cells is cut. console: where they go."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
+    console = console or Console()
+    return console if console.is_terminal else Console(file=console.file, width=width)
 
 
 def format_quantity(value: float, unit: str) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from megafish.doctor.part import Part
 from megafish.doctor.parts import inspect_machine
 from megafish.doctor.selftest import run_checks
+from megafish.progress import table_console
 
 _COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim"}
 
@@ -36,11 +37,9 @@ def examine(*, test: bool = True, as_json: bool = False, console: Console | None
         }
         print(json.dumps(found, indent=2))
         return healthy
-    console = console or Console()
-    if not console.is_terminal:
-        longest = [len(part.name) + len(part.detail) + len(part.purpose) for part in parts]
-        longest += [len(check.name) + len(check.detail) for check in checks]
-        console = Console(file=console.file, width=max([120, *(length + 60 for length in longest)]))
+    longest = [len(part.name) + len(part.detail) + len(part.purpose) for part in parts]
+    longest += [len(check.name) + len(check.detail) for check in checks]
+    console = table_console(max([120, *(length + 60 for length in longest)]), console)
     for group, members in groupby(parts, lambda part: part.group):
         rows = [(p.name, f"[{_COLOURS[p.state]}]{p.state}[/]", escape(p.detail), p.purpose) for p in members]
         _print_table(console, group, rows)

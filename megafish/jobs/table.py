@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from megafish.jobs.status import (
     TIMED_OUT,
     RunStatus,
 )
+from megafish.progress import table_console
 
 STYLES = {
     PENDING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red", OUT_OF_MEMORY: "red", TIMED_OUT: "magenta",
@@ -33,9 +33,7 @@ STYLES = {
 
 def print_table(found: Sequence[RunStatus]) -> None:
     """One line a run; under a pipe as wide as it has to be."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(120, *(len(str(s.path)) + len(s.reason or "") + 90 for s in found)))
+    console = table_console(max(120, *(len(str(s.path)) + len(s.reason or "") + 90 for s in found)))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, side in (
         ("run", "left"), ("state", "left"), ("step", "right"), ("done", "right"), ("tokens/s", "right"),

@@ -46,12 +46,12 @@ def unlearning_config(source: str, overrides: Sequence[str]) -> tuple[Config, bo
             raise InputError(
                 f"unlearn.model={named}: the run to start from is named already, {source}: leave one of the two out"
             )
-        _check_given(given)
         if path.parent.name == "checkpoints":
             return _new({"unlearn": {"model": source}}, words), False
         run = RunDir.existing(path)
         started = run.load_config().unlearn
         if started is not None and named is None:
+            _check_given(given)
             config = run.load_config([*words, f"run_dir={source}"])
             assert config.unlearn is not None
             _check_continues(source, started, config.unlearn)

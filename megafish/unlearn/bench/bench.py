@@ -46,12 +46,13 @@ def run_bench(folder: str | Path, plan: Plan, *, workers: int | None = None, con
     ]
     missing = [each for each in entries if not record_of(target, *each[2:]).is_file()]
     _phase("unlearn and score", "model", measure_model, missing, workers)
+    every = list(records(target, plan))
     for suite in suites:
-        own = [record for record in records(target, plan) if record["suite"] == suite.name]
+        own = [record for record in every if record["suite"] == suite.name]
         console.print(printed(suite_table(suite.name, own), suite.about))
         if (warning := caution(own)) is not None:
             console.print(warning, highlight=False)
-    page = write_report(target, plan, list(records(target, plan)))
+    page = write_report(target, plan, every)
     console.print(f"next: open {page} in a browser", highlight=False, soft_wrap=True)
     return page
 

@@ -30,7 +30,6 @@ class SuiteExam:
     """What the models of a suite and a seed are asked, and what the retain model said; made once."""
 
     exam: Exam
-    holdout: Texts
     start: LoadedRun
     known: list[ItemScore]
     """Of the forget set, by the retain model."""
@@ -65,7 +64,7 @@ def make_exam(folder: Path, suite: Suite, seed: int) -> SuiteExam:
     )
     for_decoding(retain.model)
     known = score_items(retain, sets["forget"], exam.judge, exam.values, BATCH)
-    return SuiteExam(exam, holdout, start, known, membership(retain, sets["forget"], holdout, BATCH))
+    return SuiteExam(exam, start, known, membership(retain, sets["forget"], holdout, BATCH))
 
 
 def scored(of: SuiteExam, run: Path) -> dict[str, Any]:
@@ -73,7 +72,8 @@ def scored(of: SuiteExam, run: Path) -> dict[str, Any]:
     exam, loaded = of.exam, load_run(run)
     forget = exam.sets["forget"]
     found, figures = examine(loaded, exam)
-    figures["holdout"] = figures_of(loaded, exam, of.holdout)
+    assert exam.holdout is not None
+    figures["holdout"] = figures_of(loaded, exam, exam.holdout)
     figures |= compare(
         {"model": figures, "retain model": {"membership": of.privacy}},
         {"model": found["forget"], "retain model": of.known},
