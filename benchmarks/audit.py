@@ -4,10 +4,11 @@ A Llama of random weights is written by transformers and read by megafish. Both 
 a key/value cache; what they write is compared. "scored" is the answer of one forward pass: whether the true suffix
 would come out word for word, as a sweep of prompt lengths asks it. "audit" is what `megafish audit` does: that pass,
 then the generation of what it does not tell, with none, half and all of the passages recited (the suffixes of those
-are what the model writes). A second table puts attention of one token over a cache, as each step of decoding needs it,
-beside torch's scaled_dot_product_attention. The ways take turns; figures are medians.
+are what the model writes). On a CPU a second table puts attention of one token over a cache, as each step of decoding
+needs it, beside torch's scaled_dot_product_attention. The ways take turns; figures are medians.
 
     python benchmarks/audit.py [--probes 128] [--repeats 3] [--save]
+    python benchmarks/audit.py --device cuda --shapes 50M 1B --save
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
     heads: int
 
 
-SHAPES = {"10M": Shape(8, 256, 4), "50M": Shape(12, 512, 8)}
+SHAPES = {"10M": Shape(8, 256, 4), "50M": Shape(12, 512, 8), "1B": Shape(16, 2048, 32)}
 
 
 def write_model(folder: Path, shape: Shape, dtype: torch.dtype, tokenizer: Path) -> None:
@@ -80,7 +81,7 @@ def theirs(model: Any, texts: list[list[int]], batch: int) -> list[list[int]]:
     """transformers' greedy continuations."""
     outputs: list[list[int]] = []
     for start in range(0, len(texts), batch):
-        ids = torch.tensor([text[:PROMPT] for text in texts[start : start + batch]])
+        ids = torch.tensor([text[:PROMPT] for text in texts[start : start + batch]], device=model.device)
         mask = torch.ones_like(ids)
         found = model.generate(
             ids, attention_mask=mask, max_new_tokens=SUFFIX, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -135,6 +136,8 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["10M", "50M"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--save", action="store_true", help="write results/DATE_audit.md")
     asked = parser.parse_args()
     from transformers import LlamaForCausalLM
@@ -145,12 +148,12 @@ def main() -> None:
         train_tokenizer(library_files(2_000_000, seed=0), file, VOCAB, options=ReadOptions(text_suffixes=(".py",)))
         texts = passages(asked.probes, load_tokenizer(file))
         prompts = [text[:PROMPT] for text in texts]
-        for name, shape in SHAPES.items():
+        for name in asked.shapes:
             for dtype in (torch.float32, torch.bfloat16):
                 folder = Path(temporary) / f"{name}_{dtype}"
-                write_model(folder, shape, dtype, file)
-                hf = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-                own = for_decoding(load_model(folder, "cpu")[0])
+                write_model(folder, SHAPES[name], dtype, file)
+                hf = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(asked.device).eval()
+                own = for_decoding(load_model(folder, asked.device)[0])
 
                 def peer(hf: Any = hf) -> list[list[int]]:
                     return theirs(hf, texts, asked.batch)
@@ -188,7 +191,10 @@ def main() -> None:
                 )
                 print(table(rows[-1:], HEAD), flush=True)
     text = f"{PROMPT} tokens given, {SUFFIX} asked for, {asked.probes} probes in batches of {asked.batch}, vocabulary "
-    text += f"{VOCAB}.\n\n{table(rows, HEAD)}\n\n{attention(asked.repeats)}"
+    text += f"{VOCAB}, on {torch.cuda.get_device_name() if asked.device == 'cuda' else 'the CPU'}.\n\n"
+    text += table(rows, HEAD)
+    if asked.device == "cpu":
+        text += f"\n\n{attention(asked.repeats)}"
     print(text)
     if asked.save:
         print(save("audit", text))

@@ -1,9 +1,10 @@
 """What the objectives cost: a step of each beside a plain one, in turn, on the same batches of real text.
 
-The shape and the corpus are those of benchmarks/patches.py. A step is forward, backward and AdamW; the self-contrastive
-one has the premature model's forward pass and the search for what it predicts wrongly.
+The corpus is that of benchmarks/patches.py, and so is the shape unless another is asked for. A step is forward, backward
+and AdamW; the self-contrastive one has the premature model's forward pass and the search for what it predicts wrongly.
 
     python benchmarks/objectives.py [--steps 15] [--shape 8x256] [--save]
+    python benchmarks/objectives.py --device cuda --shape 12x768 --rows 8 --length 2048 --save
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from megafish.model.transformer import Transformer
 from megafish.objective.contrast import Premature
 from megafish.objective.goldfish import GoldfishMask
 
-ROWS, LENGTH = 4, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def train_premature(folder: Path, corpus: Path, shape: str, steps: int) -> Path:
+def train_premature(folder: Path, corpus: Path, shape: str, asked: argparse.Namespace) -> Path:
     """A run of the shape that has learned which words are frequent, and so repeats them."""
     run = folder / "premature"
     overrides = [
         f"model={shape}",
-        f"data={{train: {corpus}, sequence_length: {LENGTH}}}",
-        f"train={{steps: {steps}, global_batch_size: {ROWS}, micro_batch_size: {ROWS}}}",
+        f"data={{train: {corpus}, sequence_length: {asked.length}}}",
+        f"train={{steps: {asked.premature_steps}, global_batch_size: {asked.rows}, micro_batch_size: {asked.rows}}}",
+        f"train.device={asked.device}",
         "optimizer.lr=1.5e-3",
         "goldfish.k=null",
         "eval={interval: null, sequences: 8}",
@@ -59,7 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="steps of each objective")
     parser.add_argument("--shape", default="8x256", help="layers x width")
+    parser.add_argument("--rows", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--premature-steps", type=int, default=150)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--save", action="store_true", help="write results/DATE_objectives.md")
     asked = parser.parse_args()
     layers, width = map(int, asked.shape.split("x"))
@@ -71,46 +76,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = make_corpus(folder, 8192)
-        run = train_premature(folder, corpus, shape, asked.premature_steps)
-        for precision in DTYPES:
-            rows += measure(run, precision, asked.steps)
+        run = train_premature(folder, corpus, shape, asked)
+        for precision in asked.precisions:
+            rows += measure(run, precision, asked)
     head = ["step", "ms", "of plain", "tokens/s of plain", "corrected targets"]
-    text = f"{layers} layers of width {width}, {ROWS} x {LENGTH} tokens a step, {torch.get_num_threads()} threads; "
+    place = torch.cuda.get_device_name() if asked.device == "cuda" else f"{torch.get_num_threads()} threads"
+    text = f"{layers} layers of width {width}, {asked.rows} x {asked.length} tokens a step, {place}; "
     text += f"medians of {asked.steps} steps in turn. Patches of {SIZE} tokens.\n\n{table(rows, head)}"
     print(text)
     if asked.save:
         print(save("objectives", text))
 
 
-def measure(run: Path, precision: str, steps: int) -> list[list[str]]:
+def measure(run: Path, precision: str, asked: argparse.Namespace) -> list[list[str]]:
     """Rows of the table in one precision."""
-    dtype = DTYPES[precision]
+    dtype, device = DTYPES[precision], torch.device(asked.device)
     config = load_config(run / "config.yaml")
     sources, tokenizer = open_train(config.data), run_tokenizer(config.data)
-    stream = SampleStream(sources, LENGTH, seed=1, halo=13)
+    stream = SampleStream(sources, asked.length, seed=1, halo=13)
     mask = GoldfishMask(config.goldfish.model_copy(update={"k": 4}), tokenizer)
-    plain, masked = (Loader(stream, each, ROWS, ROWS) for each in (None, mask))
-    premature = Premature(
-        ContrastConfig(premature=str(run)), tokenizer, Mesh(), torch.device("cpu"), dtype, sharded=False
-    )
+    plain, masked = (Loader(stream, each, asked.rows, asked.rows) for each in (None, mask))
+    premature = Premature(ContrastConfig(premature=str(run)), tokenizer, Mesh(), device, dtype, sharded=False)
     model_config: ModelConfig = config.model
     corrected: list[float] = []
 
     def stepper(loss: LossConfig, patch: int | None = None, contrasted: bool = False) -> Callable[[Batch], None]:
         weights = initial_weights(run, model_config, tokenizer.vocab_size)
-        model = Transformer(model_config, tokenizer.vocab_size, loss=loss, weights=weights).to(dtype)
+        model = Transformer(model_config, tokenizer.vocab_size, loss=loss, weights=weights).to(device, dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
         def step(batch: Batch) -> None:
             batch = batch if patch is None else patch_batch(batch, patch)
             contrast = premature(batch) if contrasted else None
             if contrast is not None:
-                corrected.append(float(contrast.mask.sum()) / batch.kept)
+                corrected.append(len(contrast.hidden) / batch.kept)
             out = model(
-                batch.tokens,
-                targets=batch.targets,
-                drop=batch.drop,
-                cu_seqlens=batch.cu_seqlens,
+                batch.tokens.to(device),
+                targets=batch.targets.to(device),
+                drop=batch.drop.to(device),
+                cu_seqlens=batch.cu_seqlens.to(device),
                 max_seqlen=batch.max_seqlen,
                 denominator=batch.kept,
                 patch=patch,
@@ -132,11 +136,13 @@ def measure(run: Path, precision: str, steps: int) -> list[list[str]]:
         "patches, goldfish k=4": (stepper(LossConfig(), patch=SIZE), masked),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(steps + 2):
+    for number in range(asked.steps + 2):
         for name, (step, loader) in cases.items():
-            batch = loader.step(number * ROWS).micro_batches[0]
+            batch = loader.step(number * asked.rows).micro_batches[0]
             started = time.perf_counter()
             step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number >= 2:
                 times[name].append(time.perf_counter() - started)
     base = statistics.median(times["plain"])
@@ -145,7 +151,7 @@ def measure(run: Path, precision: str, steps: int) -> list[list[str]]:
         seconds = statistics.median(taken)
         share = f"{statistics.mean(corrected):.1%}" if "contrastive" in name else ""
         rows.append(
-            [f"{name}, {precision}", f"{seconds * 1e3:.0f}", f"{seconds / base:.3f}", f"{base / seconds:.2f}", share]
+            [f"{name}, {precision}", f"{seconds * 1e3:.4g}", f"{seconds / base:.3f}", f"{base / seconds:.2f}", share]
         )
     return rows
 

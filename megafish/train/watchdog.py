@@ -82,6 +82,7 @@ class Watchdog:
         self._answered = threading.Event()  # `_report` holds what the store had to say
         self._report = ""
         self._speaks = True  # whether the report is this process's to print
+        self._threads: list[threading.Thread] = []
 
     def mark(self, phase: str, step: int, *, slow: bool = False) -> None:
         """The main thread begins `phase` of `step`."""
@@ -98,6 +99,10 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
+        # A thread still in a call of the store when the interpreter ends takes the process with it: the GIL it comes
+        # back for is gone, and C++ answers that with abort(). Not for ever: a store that never answers holds no one up.
+        for thread in self._threads:
+            thread.join(_LAST_WORDS * self.beat)
 
     # ---- the thread that watches
 

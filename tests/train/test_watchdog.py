@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megafish.train.guard import EXIT_STALLED
 from megafish.train.watchdog import Watchdog, describe, name_ranks
@@ -118,3 +120,20 @@ def test_processes_started_anew_do_not_hear_the_alarm_of_the_last_ones(
         watchdog = Watchdog(0, 2, tmp_path, stall_seconds=1.0, slow_seconds=1.0)
         names.add(watchdog._prefix.rpartition("/")[0])
     assert len(names) == 3
+
+
+def test_its_threads_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A thread that is in a call of the store when the interpreter ends would abort the process."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    publish = Watchdog._set_status
+
+    def publish_slowly(self: Watchdog, own: dist.Store) -> None:
+        publish(self, own)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Watchdog, "_set_status", publish_slowly)
+    with Watchdog(0, 2, tmp_path, stall_seconds=60, slow_seconds=60):
+        time.sleep(0.1)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("megafish-")]
