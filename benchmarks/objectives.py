@@ -1,7 +1,8 @@
 """What the objectives cost: a step of each beside a plain one, in turn, on the same batches of real text.
 
-The corpus is that of benchmarks/patches.py, and so is the shape unless another is asked for. A step is forward, backward
-and AdamW; the self-contrastive one has the premature model's forward pass and the search for what it predicts wrongly.
+The corpus is that of benchmarks/patches.py, and so is the shape unless another is asked for. A step is forward,
+backward and AdamW; the self-contrastive one has the premature model's forward pass and the search for what it predicts
+wrongly.
 
     python benchmarks/objectives.py [--steps 15] [--shape 8x256] [--save]
     python benchmarks/objectives.py --device cuda --shape 12x768 --rows 8 --length 2048 --save
@@ -42,7 +43,7 @@ def train_premature(folder: Path, corpus: Path, shape: str, asked: argparse.Name
         f"model={shape}",
         f"data={{train: {corpus}, sequence_length: {asked.length}}}",
         f"train={{steps: {asked.premature_steps}, global_batch_size: {asked.rows}, micro_batch_size: {asked.rows}}}",
-        f"train.device={asked.device}",
+        f"train={{device: {asked.device}, precision: {asked.precisions[0]}}}",
         "optimizer.lr=1.5e-3",
         "goldfish.k=null",
         "eval={interval: null, sequences: 8}",
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--premature-steps", type=int, default=150)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--folder", type=Path, help="where the corpus is, or is kept")
     parser.add_argument("--save", action="store_true", help="write results/DATE_objectives.md")
     asked = parser.parse_args()
     layers, width = map(int, asked.shape.split("x"))
@@ -75,7 +77,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = make_corpus(folder, 8192)
+        corpus = make_corpus(asked.folder or folder, 8192)
         run = train_premature(folder, corpus, shape, asked)
         for precision in asked.precisions:
             rows += measure(run, precision, asked)

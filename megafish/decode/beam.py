@@ -9,8 +9,9 @@ import torch
 
 from megafish.data.tokenizer import Tokenizer
 from megafish.decode.generate import check_prompts
+from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
-from megafish.model.transformer import KVCache, Transformer
+from megafish.model.transformer import Transformer
 from megafish.progress import track
 
 
@@ -56,10 +57,11 @@ def beam_search(
     eos = None if tokenizer is None else tokenizer.eos_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[Beam]] = [[] for _ in prompts]
+    stepper = Stepper(model)
     with track(len(prompts), f"search with {beams} beams", "prompt", enabled=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            found = _search(model, [prompts[i] for i in rows], beams, max_new_tokens, length_penalty, eos)
+            found = _search(stepper, [prompts[i] for i in rows], beams, max_new_tokens, length_penalty, eos)
             for i, texts in zip(rows, found, strict=True):
                 results[i] = texts
             bar.advance(len(rows))
@@ -95,22 +97,15 @@ class _Finished:
 
 
 def _search(
-    model: Transformer,
+    stepper: Stepper,
     prompts: Sequence[Sequence[int]],
     beams: int,
     max_new_tokens: int,
     length_penalty: float,
     eos: int | None,
 ) -> list[list[Beam]]:
-    weight = model.embedding.weight
-    device, count, vocab = weight.device, len(prompts), model.vocab_size
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.zeros(count, max(lengths), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : lengths[row]] = torch.as_tensor(prompt, dtype=torch.int64)
-    cache = KVCache(model.config, count, max(lengths) + max_new_tokens, device=device, dtype=weight.dtype)
-    cache.expect(torch.tensor(lengths))
-    logits = model(tokens.to(device), cache=cache, last_only=True)
+    device, count, vocab = stepper.device, len(prompts), stepper.model.vocab_size
+    logits = stepper.begin(prompts, max_new_tokens)
     # One text a prompt at first, `beams` from the first step on.
     texts = torch.zeros(count, 1, 0, dtype=torch.int64, device=device)
     running = torch.zeros(count, 1, device=device)
@@ -132,6 +127,6 @@ def _search(
         running, kept = values.masked_fill(ends, -torch.inf).topk(beams)
         texts = longer.gather(1, kept[..., None].expand(-1, -1, longer.shape[2]))
         rows = parents.gather(1, kept) + (torch.arange(count, device=device) * (log_probs.shape[1]))[:, None]
-        cache.select(rows.flatten())
-        logits = model(texts[..., -1].reshape(-1, 1), cache=cache, last_only=True)
+        stepper.select(rows.flatten())
+        logits = stepper.step(texts[..., -1].flatten())
     return finished.beams(eos)

@@ -10,8 +10,9 @@ import torch
 
 from megafish.data.tokenizer import Tokenizer
 from megafish.decode.memfree import Blocked, Context, MemFree, draw_allowed, first_allowed
+from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
-from megafish.model.transformer import KVCache, Transformer
+from megafish.model.transformer import Transformer
 from megafish.progress import Track, track
 
 
@@ -56,10 +57,11 @@ def generate(
     ending = Ending(tokenizer, stop or ())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[int]] = [[] for _ in prompts]
+    stepper = Stepper(model)
     with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            generate_batch(model, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
+            generate_batch(stepper, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
     return results
 
 
@@ -220,7 +222,7 @@ class Ending:
 
 
 def generate_batch(
-    model: Transformer,
+    stepper: Stepper,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     limits: Sequence[int],
@@ -232,26 +234,17 @@ def generate_batch(
     memfree: MemFree | None = None,
 ) -> None:
     """Continue the prompts `rows`, which fit one batch, by at most `limits` tokens (one a prompt) into `results`."""
-    weight = model.embedding.weight
-    device = weight.device
-    lengths = [len(prompts[i]) for i in rows]
-    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    for row, i in enumerate(rows):
-        tokens[row, : lengths[row]] = torch.as_tensor(prompts[i], dtype=torch.int64)
+    device, vocab_size = stepper.device, stepper.model.vocab_size
     # All random numbers of a prompt come from its own stream, drawn ahead, so that its neighbours cannot shift them.
     most = max(limits[i] for i in rows)
     uniform = torch.from_numpy(
         np.stack([np.random.Generator(np.random.Philox([seed, i])).random(most) for i in rows])
     ).to(device)
-    # Rows that are over stay in the cache for a while, and grow.
-    capacity = max(lengths) + most
-    cache = KVCache(model.config, len(rows), capacity, device=device, dtype=weight.dtype)
-    cache.expect(torch.tensor(lengths))
-    logits = model(tokens.to(device), cache=cache, last_only=True)
+    logits = stepper.begin([prompts[i] for i in rows], most)
     active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
     context = None if memfree is None else Context(memfree.filter, [prompts[i] for i in rows])
     for count in range(most):
-        scores = logits[:, 0, : model.vocab_size]
+        scores = logits[:, 0, :vocab_size]
         if memfree is None or context is None:
             chosen = sampler.choose(scores, uniform[:, count])
         else:
@@ -279,11 +272,11 @@ def generate_batch(
         # To leave rows out copies the whole cache, so it waits until half of them are over.
         if 2 * len(kept) <= len(active):
             chosen, uniform = chosen[kept], uniform[kept]
-            cache.select(torch.tensor(kept, device=device))
+            stepper.select(torch.tensor(kept, device=device))
             active = [active[row] for row in kept]
             if context is not None:
                 context.select(kept)
-        logits = model(chosen[:, None], cache=cache, last_only=True)
+        logits = stepper.step(chosen)
 
 
 def _choose_free(

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from megafish.config import Config
 from megafish.data.tokenizer import Tokenizer
 from megafish.decode.generate import Ending, Sampler, generate_batch
+from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
 from megafish.evaluate.processes import Processes
 from megafish.model.load import LoadedRun
@@ -147,10 +148,11 @@ class RunLM(TemplateLM):
         ]
 
         results: list[list[int]] = [[] for _ in prompts]
+        stepper = Stepper(self.run.model)
 
         def continue_batch(rows: Sequence[int], bar: Track) -> list[tuple[int, str]]:
             chosen = settings[rows[0]]
-            self._continue(prompts, list(rows), chosen, results, bar)
+            self._continue(stepper, prompts, list(rows), chosen, results, bar)
             return [(number, self._text(results[number], chosen)) for number in rows]
 
         answers = dict(self._shared("generate_until", batches, continue_batch))
@@ -234,6 +236,7 @@ class RunLM(TemplateLM):
     @torch.inference_mode()
     def _continue(
         self,
+        stepper: Stepper,
         prompts: Sequence[Sequence[int]],
         rows: list[int],
         chosen: Generation,
@@ -244,7 +247,7 @@ class RunLM(TemplateLM):
         sampler = Sampler(chosen.temperature, chosen.top_k, chosen.top_p)
         ending = _Until(self._decoder, chosen.until)
         limits = [chosen.max_new_tokens] * len(prompts)
-        generate_batch(self.run.model, prompts, rows, limits, sampler, ending, 0, results, bar)
+        generate_batch(stepper, prompts, rows, limits, sampler, ending, 0, results, bar)
 
     def _text(self, tokens: list[int], chosen: Generation) -> str:
         text: str = postprocess_generated_text(self._decoder.decode(tokens), list(chosen.until), None)

@@ -111,10 +111,20 @@ class KVCache:
 
     A forward pass with n new tokens a row appends them after each row's length. Rows may be padded on the right: call
     `expect(counts)` before, and only counts[i] of row i's n tokens are counted (the rest is overwritten later).
+
+    whole: attention reads all of the cache, whatever is filled of it, and nothing is counted on the host, so that all
+    passes of one token do the same on the device (for CUDA graphs). Whoever calls takes care not to fill it too far.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        whole: bool = False,
     ) -> None:
         # Tokens behind heads: what attention reads of a head lies together.
         shape = (config.num_layers, batch, config.resolved_kv_heads, capacity, config.resolved_head_dim)
@@ -122,7 +132,13 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.counts: torch.Tensor | None = None
+        self.capacity = capacity
+        self.whole = whole
         self.used = 0
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.lengths.zero_()
 
     def expect(self, counts: torch.Tensor) -> None:
         """Number of real tokens (at least 1) of each row in the next forward pass, int64 [batch]."""
@@ -130,17 +146,17 @@ class KVCache:
 
     def positions(self, new: int) -> torch.Tensor:
         """Positions of the next `new` tokens of each row, int64 [batch, new]."""
-        if self.used + new > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens a row, {self.used + new} are needed")
+        if not self.whole and self.used + new > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row, {self.used + new} are needed")
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far,
-        [batch, H_kv, L, head_dim]."""
+        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far, or
+        with `whole` all there is, [batch, H_kv, L, head_dim]."""
         rows = torch.arange(key.shape[0], device=key.device)[:, None]
-        filled = self.used + key.shape[1]
+        filled = self.capacity if self.whole else self.used + key.shape[1]
         self.keys[layer][rows, :, positions] = key
         self.values[layer][rows, :, positions] = value
         return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
@@ -148,16 +164,23 @@ class KVCache:
     def advance(self, new: int) -> torch.Tensor:
         """Count the tokens just stored; returns the index of each row's last real one among them, int64 [batch]."""
         counts = self.counts if self.counts is not None else torch.full_like(self.lengths, new)
-        self.lengths = self.lengths + counts
+        self.lengths += counts
         self.counts = None
-        self.used += new
+        if not self.whole:
+            self.used += new
         return counts - 1
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows (int64 indices), in this order."""
+        """Keep these rows (int64 indices), in this order. Not with `whole`, whose tensors stay the same ones."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
         self.used = int(self.lengths.max())
+
+    def load(self, other: KVCache, rows: torch.Tensor) -> None:
+        """Become a copy of these rows (int64 indices) of a cache that is no larger, which may be this one itself."""
+        self.keys[:, :, :, : other.capacity] = other.keys[:, rows]
+        self.values[:, :, :, : other.capacity] = other.values[:, rows]
+        self.lengths.copy_(other.lengths[rows])
 
 
 class Step(NamedTuple):

@@ -36,12 +36,11 @@ def seen_recently(ids: torch.Tensor, tokens: torch.Tensor, begins: torch.Tensor,
     tokens: inputs, int64 [b, S]. begins: place in its row where the document of each input begins, int64 [b, S].
     """
     length = tokens.shape[1]
-    place = torch.arange(length, device=tokens.device)
-    seen = torch.zeros_like(tokens, dtype=torch.bool)
-    for back in range(min(context, length)):
-        here = (ids[:, back:] == tokens[:, : length - back]) & (place[back:] - back >= begins[:, back:])
-        seen[:, back:] |= here
-    return seen
+    back = torch.arange(min(context, length), device=tokens.device).flip(0)
+    # The last inputs of every place [b, S, context]: a view, no copy.
+    recent = F.pad(tokens, (len(back) - 1, 0)).unfold(1, len(back), 1)
+    where = torch.arange(length, device=tokens.device)[:, None] - back
+    return ((ids[..., None] == recent) & (where >= begins[..., None])).any(dim=-1)
 
 
 class Premature:

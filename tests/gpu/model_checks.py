@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from megafish.config import ModelConfig
+from megafish.decode.beam import beam_search
+from megafish.decode.generate import generate
+from megafish.decode.stepping import Stepper
 from megafish.model.head import LossOutput
 from megafish.model.transformer import Transformer
 from megafish_kernels import goldfish_drop
@@ -64,3 +67,43 @@ def check_model(device: torch.device, dtype: torch.dtype, packed: bool, window: 
     for name, gradient in gradients.items():
         error = relative(gradient, wanted_gradients[name])
         assert error < 3e-2, f"gradient of {name}: {error:.2e}"
+
+
+def check_decoding(device: torch.device, dtype: torch.dtype) -> None:
+    """Decoding gives the logits of a forward pass over the whole text: greedy and drawn, with rows that end at
+    different places, several batches, beams."""
+    shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96}
+    config = ModelConfig(**shape, sliding_window=40, init_std=0.3)
+    model = Transformer(config, 90, seed=1).to(device, dtype)
+    prompts = [[1, 2, 3], [5] * 9, [7, 8], [4] * 20, [11], [3] * 70, [9] * 4]
+    stepper = Stepper(model)
+    with torch.inference_mode():
+        for batch in (prompts[:3], prompts[3:6], prompts[4:]):
+            texts = [list(prompt) for prompt in batch]
+            logits = stepper.begin(batch, 12)
+            for count in range(12):
+                for text, row in zip(texts, logits[:, 0, :90].float(), strict=True):
+                    whole = model(torch.tensor([text], device=device), last_only=True)
+                    assert isinstance(whole, Tensor)
+                    assert relative(row, whole[0, 0, :90].float()) < (1e-4 if dtype == torch.float32 else 5e-2)
+                if count == 5:
+                    kept = [2, 0]
+                    stepper.select(torch.tensor(kept, device=device))
+                    logits, texts = logits[kept], [texts[row] for row in kept]
+                chosen = logits[:, 0, :90].argmax(-1)
+                for text, token in zip(texts, chosen.tolist(), strict=True):
+                    text.append(token)
+                logits = stepper.step(chosen)
+    if dtype != torch.float32:
+        return  # what is chosen depends on roundings
+    cpu = Transformer(config, 90, seed=1)
+    ways: list[dict[str, Any]] = [
+        {"max_new_tokens": [1, 15, 9, 2, 3, 4, 15], "batch_size": 7},
+        {"max_new_tokens": 12, "batch_size": 2, "temperature": 1.3, "top_k": 30, "top_p": 0.95, "seed": 4},
+    ]
+    for way in ways:
+        assert generate(model, None, prompts, **way) == generate(cpu, None, prompts, **way)
+    beams = [beam_search(each, None, prompts, beams=5, max_new_tokens=8, batch_size=3) for each in (model, cpu)]
+    assert [[beam.tokens for beam in found] for found in beams[0]] == [
+        [beam.tokens for beam in found] for found in beams[1]
+    ]

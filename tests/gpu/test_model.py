@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.model_checks import check_model
+from tests.gpu.model_checks import check_decoding, check_model
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,8 @@ from tests.gpu.model_checks import check_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_steps(dtype: torch.dtype, packed: bool, window: int | None, tied: bool, device: torch.device) -> None:
     check_model(device, dtype, packed, window, tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding(dtype: torch.dtype, device: torch.device) -> None:
+    check_decoding(device, dtype)

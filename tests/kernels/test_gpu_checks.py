@@ -16,7 +16,7 @@ from megafish_kernels.cost import Shape
 from megafish_kernels.tiles import LossTiles, Tile, override
 from tests.gpu import checks
 from tests.gpu.checks import FEATURES, ROWS, problem
-from tests.gpu.model_checks import check_model
+from tests.gpu.model_checks import check_decoding, check_model
 
 
 @pytest.fixture
@@ -136,6 +136,10 @@ def test_compiled(reduction: str, rows: str, triton_device: torch.device) -> Non
 @pytest.mark.parametrize(("packed", "window", "tied"), [(False, None, False), (True, 16, True)])
 def test_model(packed: bool, window: int | None, tied: bool) -> None:
     check_model(torch.device("cpu"), torch.bfloat16, packed, window, tied)
+
+
+def test_decoding() -> None:
+    check_decoding(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
