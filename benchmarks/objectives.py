@@ -45,6 +45,7 @@ def train_premature(folder: Path, corpus: Path, shape: str, asked: argparse.Name
         f"train={{steps: {asked.premature_steps}, global_batch_size: {asked.rows}, micro_batch_size: {asked.rows}}}",
         f"train.device={asked.device}",
         f"train.precision={asked.precisions[0]}",
+        "engine.zero_stage=1",
         "optimizer.lr=1.5e-3",
         "goldfish.k=null",
         "eval={interval: null, sequences: 8}",
