@@ -4,8 +4,10 @@ A Llama of random weights is written by transformers and read by megafish. Both 
 a key/value cache; what they write is compared. "scored" is the answer of one forward pass: whether the true suffix
 would come out word for word, as a sweep of prompt lengths asks it. "audit" is what `megafish audit` does: that pass,
 then the generation of what it does not tell, with none, half and all of the passages recited (the suffixes of those
-are what the model writes). On a CPU a second table puts attention of one token over a cache, as each step of decoding
-needs it, beside torch's scaled_dot_product_attention. The ways take turns; figures are medians.
+are what the model writes). On a CPU a second table shares the batches among processes, one a core with one thread each,
+as `torchrun --nproc-per-node 2 --no-python megafish audit RUN` does, and a third one puts attention of one token over a
+cache, as each step of decoding needs it, beside torch's scaled_dot_product_attention. The ways take turns; figures are
+medians, and ratios are to the probes per second of transformers in one process.
 
     python benchmarks/audit.py [--probes 128] [--repeats 3] [--save]
     python benchmarks/audit.py --device cuda --shapes 50M 1B --save
@@ -14,10 +16,13 @@ needs it, beside torch's scaled_dot_product_attention. The ways take turns; figu
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +39,7 @@ from megafish.decode.generate import for_decoding, generate
 from megafish.demo import library_files
 from megafish.huggingface.importer import load_model
 from megafish.model.attention import one_token
+from megafish.model.transformer import Transformer
 
 VOCAB, PROMPT, SUFFIX = 8192, 50, 50
 SHARES = (0.0, 0.5, 1.0)
@@ -103,6 +109,66 @@ def measure(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str,
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
+_model: Any
+"""Of a process of `spread`."""
+
+
+def _load(folder: Path, dtype: torch.dtype, ours: bool) -> None:
+    global _model
+    torch.set_num_threads(1)
+    if ours:
+        _model = for_decoding(load_model(folder, "cpu")[0])
+    else:
+        from transformers import LlamaForCausalLM
+
+        _model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _their_batch(texts: list[list[int]]) -> list[list[int]]:
+    return theirs(_model, texts, len(texts))
+
+
+def _our_batch(texts: list[list[int]]) -> list[list[int]]:
+    return generate(_model, None, [text[:PROMPT] for text in texts], max_new_tokens=SUFFIX, batch_size=len(texts))
+
+
+def _audited_batch(texts: list[list[int]]) -> list[list[int]]:
+    return audit(_model, texts, len(texts))
+
+
+def audit(model: Transformer, texts: list[list[int]], batch: int) -> list[list[int]]:
+    """What `megafish audit` does to see how much of each text is recited."""
+    prompts, suffixes = [text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts]
+    scores = token_scores(model, texts, batch_size=batch)
+    return continue_greedily(model, None, prompts, suffixes, scores, batch_size=batch)
+
+
+def spread(
+    folder: Path, dtype: torch.dtype, texts: dict[float, list[list[int]]], asked: argparse.Namespace, rate: float
+) -> list[str]:
+    """Probes per second with a process a core, as ratios to `rate`, that of transformers in one process. texts: by the
+    share of them that is recited."""
+    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    pools = {
+        ours: ProcessPoolExecutor(cores, mp_context=context, initializer=_load, initargs=(folder, dtype, ours))
+        for ours in (False, True)
+    }
+
+    def share(work: Callable[[list[list[int]]], list[list[int]]], ours: bool, share: float = 0.0) -> None:
+        batches = [texts[share][start : start + asked.batch] for start in range(0, asked.probes, asked.batch)]
+        list(pools[ours].map(work, batches))
+
+    ways: dict[str, Callable[[], Any]] = {"theirs": partial(share, _their_batch, False)}
+    ways["ours"] = partial(share, _our_batch, True)
+    ways |= {f"audit {part:.0%}": partial(share, _audited_batch, True, part) for part in texts}
+    try:
+        seconds, _ = measure(ways, asked.repeats)
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    return [f"{asked.probes / taken / rate:.2f}" for taken in seconds.values()]
+
+
 @torch.inference_mode()
 def attention(repeats: int) -> str:
     """One token over the caches of 8 layers in turn, so that none stays in the processor's: a table."""
@@ -142,7 +208,7 @@ def main() -> None:
     asked = parser.parse_args()
     from transformers import LlamaForCausalLM
 
-    rows = []
+    rows, shared = [], []
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "tokenizer.model"
         train_tokenizer(library_files(2_000_000, seed=0), file, VOCAB, options=ReadOptions(text_suffixes=(".py",)))
@@ -165,16 +231,14 @@ def main() -> None:
                     return token_scores(own, texts, batch_size=asked.batch)
 
                 written = ours()
-
-                def audit(share: float, own: Any = own, written: Any = written) -> list[list[int]]:
+                whole: dict[float, list[list[int]]] = {}
+                for share in SHARES:
                     recited = round(share * len(texts))
                     suffixes = [*written[:recited], *(text[PROMPT:] for text in texts[recited:])]
-                    whole = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
-                    scores = token_scores(own, whole, batch_size=asked.batch)
-                    return continue_greedily(own, None, prompts, suffixes, scores, batch_size=asked.batch)
+                    whole[share] = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
 
                 ways: dict[str, Callable[[], Any]] = {"theirs": peer, "ours": ours, "scored": scored}
-                ways |= {f"audit {share:.0%}": partial(audit, share) for share in SHARES}
+                ways |= {f"audit {share:.0%}": partial(audit, own, whole[share], asked.batch) for share in SHARES}
                 seconds, results = measure(ways, asked.repeats)
                 equal = sum(a == b for a, b in zip(results["theirs"], results["ours"], strict=True))
                 rate = {way: len(texts) / taken for way, taken in seconds.items()}
@@ -190,11 +254,15 @@ def main() -> None:
                     ]
                 )
                 print(table(rows[-1:], HEAD), flush=True)
+                if asked.device == "cpu":
+                    found = spread(folder, dtype, whole, asked, rate["theirs"])
+                    shared.append([rows[-1][0], *found])
+                    print(table(shared[-1:], SHARED), flush=True)
     text = f"{PROMPT} tokens given, {SUFFIX} asked for, {asked.probes} probes in batches of {asked.batch}, vocabulary "
     text += f"{VOCAB}, on {torch.cuda.get_device_name() if asked.device == 'cuda' else 'the CPU'}.\n\n"
     text += table(rows, HEAD)
     if asked.device == "cpu":
-        text += f"\n\n{attention(asked.repeats)}"
+        text += f"\n\n{table(shared, SHARED)}\n\n{attention(asked.repeats)}"
     print(text)
     if asked.save:
         print(save("audit", text))
@@ -203,6 +271,11 @@ def main() -> None:
 HEAD = [
     "model", "transformers [probes/s]", "megafish", "ratio", "scored, ratio",
     *(f"audit, {share:.0%} recited" for share in SHARES), "equal texts",
+]  # fmt: skip
+
+SHARED = [
+    "a process a core, of transformers in one", "transformers", "megafish",
+    *(f"audit, {share:.0%} recited" for share in SHARES),
 ]  # fmt: skip
 
 if __name__ == "__main__":

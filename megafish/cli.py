@@ -21,6 +21,7 @@ from megafish.decode import cli as decode_cli
 from megafish.errors import InputError, Stopped
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
+from megafish.launcher import is_first
 from megafish.sweep.cli import sweep
 from megafish.unlearn.cli import unlearn
 
@@ -84,7 +85,7 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     # Processes of one run fail together and with one message (train/engine.py); the first one prints it.
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_first():
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -278,7 +279,7 @@ def train(
             from megafish.train.dry_run import dry_run as run_dry
 
             report = run_dry(settings, world, resume=resume)
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            if is_first():
                 print(f"{report}\nnext: the same command without --dry-run, started by the launcher")
             return
 
@@ -514,7 +515,8 @@ def audit(
     from megafish.audit.audit import audit_run
 
     result = audit_run(model, step=step, overrides=overrides or [], output=output, full=full)
-    print(f"next: megafish report {result.folder.parent.parent}")
+    if is_first():
+        print(f"next: megafish report {result.folder.parent.parent}")
 
 
 evaluate_cli.add_to(app)

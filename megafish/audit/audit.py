@@ -13,14 +13,18 @@ from rich.console import Console
 from megafish.audit.auditor import Auditor
 from megafish.audit.extraction import Extraction, record
 from megafish.audit.levels import summarize
+from megafish.audit.probes import ProbeSet
 from megafish.audit.tables import tables
-from megafish.audit.target import SPENT, load_target
+from megafish.audit.target import SPENT, Target, load_target
 from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, RunView
 from megafish.audit.writing import restore, write_audit
 from megafish.data.tokenizer import Tokenizer
+from megafish.processes import joined_processes
 from megafish.train.track import Recited, publish_audit
 
+Extracted = tuple[ProbeSet, list[Extraction]]
+"""A set of passages and what the model made of each."""
 RECITED_ROWS = 64
 """Lines of the table of recited text on the run's wandb and TensorBoard pages."""
 
@@ -51,12 +55,42 @@ def audit_run(
     by default. `overrides`: see load_target, e.g. "audit.prompt_tokens=32". `full`: sweep prompt lengths and offsets,
     draw samples and search with beams where the settings ask for none. `progress`: bars on standard error. Raises
     InputError where the model, its data or the settings do not fit.
+
+    Of several processes (torchrun, srun) each has the whole model and does its share of the batches; the first one
+    writes and prints.
     """
-    target = load_target(path, step=step, overrides=overrides, output=output)
-    restore(target.folder)
-    auditor = Auditor(target, progress=progress, full=full)
+    with joined_processes() as processes:
+        target = load_target(path, step=step, overrides=overrides, output=output)
+        if processes.is_main:
+            restore(target.folder)
+        auditor = Auditor(target, progress=progress, full=full, processes=processes)
+        summary, sets = _measured(target, auditor)
+    result = AuditResult(target.folder, summary)
+    if not processes.is_main:
+        return result
+    records = [{"set": each.name, **record(item, target.tokenizer)} for each, items in sets for item in items]
+    if not target.run.checkpoints.exists():
+        target.run.save_config(target.config)  # of a Hugging Face folder: what a report is made from
+    view = RunView(target.run.path, target.config.name, target.config, {}, [summary], records)
+    write_audit(target.folder, summary, records, view)
+    canaries = _canaries(sets)
+    if canaries and target.state is not None:
+        levels = summary["extraction"]["levels"]
+        rates = {f"recited_{level['exposures']}": level["exact_rate"] for level in levels}
+        publish_audit(target.run, target.config, target.step, rates, _recited(canaries, target.tokenizer))
+    console = console or Console()
+    for table in tables(summary):
+        console.print(table)
+    for line in (*auditor.notes, f"verdict: {summary['verdict']['text']}"):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"written to {target.folder}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _measured(target: Target, auditor: Auditor) -> tuple[dict[str, Any], list[Extracted]]:
+    """The figures, and what was made of each passage. Collective."""
     sets = [(each, auditor.extract(each)) for each in auditor.sets]
-    canaries = next((items for each, items in sets if each.kind == "canaries"), [])
+    canaries = _canaries(sets)
     others = [(each, items) for each, items in sets if each.kind != "canaries"]
     spent = target.spent or dict.fromkeys(SPENT)
     summary: dict[str, Any] = {
@@ -74,26 +108,15 @@ def audit_run(
         "sweep": auditor.sweep(),
         "beams": auditor.beams(),
         "membership": auditor.membership(),
-        "losses": {"train": auditor.training_losses(), "valid": auditor.validation_losses()},
+        "losses": auditor.losses(),
         "notes": auditor.notes,
     }
     summary["verdict"] = verdict(summary)
-    records = [{"set": each.name, **record(item, target.tokenizer)} for each, items in sets for item in items]
-    if not target.run.checkpoints.exists():
-        target.run.save_config(target.config)  # of a Hugging Face folder: what a report is made from
-    view = RunView(target.run.path, target.config.name, target.config, {}, [summary], records)
-    write_audit(target.folder, summary, records, view)
-    if canaries and target.state is not None:
-        levels = summary["extraction"]["levels"]
-        rates = {f"recited_{level['exposures']}": level["exact_rate"] for level in levels}
-        publish_audit(target.run, target.config, target.step, rates, _recited(canaries, target.tokenizer))
-    console = console or Console()
-    for table in tables(summary):
-        console.print(table)
-    for line in (*auditor.notes, f"verdict: {summary['verdict']['text']}"):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"written to {target.folder}", highlight=False, soft_wrap=True)
-    return AuditResult(target.folder, summary)
+    return summary, sets
+
+
+def _canaries(sets: list[Extracted]) -> list[Extraction]:
+    return next((items for each, items in sets if each.kind == "canaries"), [])
 
 
 def _recited(extractions: list[Extraction], tokenizer: Tokenizer) -> list[Recited]:

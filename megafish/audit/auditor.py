@@ -26,6 +26,7 @@ from megafish.decode.generate import generate
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 from megafish.objective.goldfish import GoldfishMask
+from megafish.processes import ALONE, Processes
 from megafish.progress import track
 
 REFERENCE_K = 4
@@ -38,13 +39,14 @@ FULL_SAMPLES, FULL_BEAMS = 16, 30
 class Auditor:
     """The parts of one audit, which share the model, the data and the mask."""
 
-    def __init__(self, target: Target, *, progress: bool, full: bool) -> None:
+    def __init__(self, target: Target, *, progress: bool, full: bool, processes: Processes = ALONE) -> None:
         self.target = target
         self.model = target.model
         self.tokenizer = target.tokenizer
         self.config = target.config
         self.settings = target.config.audit
-        self.progress = progress
+        self.progress = progress and processes.is_main
+        self.processes = processes
         self.notes: list[str] = []
         self.reference = False
         self.mask: GoldfishMask | None = None
@@ -126,6 +128,7 @@ class Auditor:
             top_k=settings.top_k,
             top_p=settings.top_p,
             progress=self.progress,
+            processes=self.processes,
         )
         outputs = continue_greedily(
             self.model,
@@ -135,6 +138,7 @@ class Auditor:
             scores,
             batch_size=settings.batch_size,
             progress=self.progress,
+            processes=self.processes,
         )
         # Only a passage that is a whole document has its context, and so its mask, wherever it stands.
         dropped = [self._dropped(probe) if each.kind == "canaries" else None for probe in probes]
@@ -163,6 +167,7 @@ class Auditor:
             seed=settings.seed,
             batch_size=settings.batch_size,
             progress=self.progress,
+            processes=self.processes,
         )
         rows = [drawn[i : i + settings.samples] for i in range(0, len(drawn), settings.samples)]
         return [
@@ -197,7 +202,7 @@ class Auditor:
         return [
             {"set": each.name, **cell}
             for each in self.sets
-            for cell in sweep(self.model, each.probes, self.settings, self.progress)
+            for cell in sweep(self.model, each.probes, self.settings, self.progress, self.processes)
         ]
 
     def beams(self) -> list[dict[str, Any]]:
@@ -205,7 +210,9 @@ class Auditor:
         found = []
         for each in self.sets if self.settings.beams else []:
             parts = split_probes(each.probes, self.settings.prompt_tokens, self.settings.suffix_tokens)
-            results = beams(self.model, self.tokenizer, each.probes, *parts, self.settings, self.progress)
+            results = beams(
+                self.model, self.tokenizer, each.probes, *parts, self.settings, self.progress, self.processes
+            )
             found += [{"set": each.name, **result} for result in results]
         return found
 
@@ -234,9 +241,13 @@ class Auditor:
         return {"tokens": settings.membership_tokens, **attack(*groups)}
 
     def _scored(self, texts: Sequence[Sequence[int]], reference: Transformer | None) -> dict[str, np.ndarray]:
-        size = self.settings.batch_size
-        scores = token_scores(self.model, texts, batch_size=size, moments=True, progress=self.progress)
-        beside = None if reference is None else token_scores(reference, texts, batch_size=size, progress=self.progress)
+        shared: dict[str, Any] = {
+            "batch_size": self.settings.batch_size,
+            "progress": self.progress,
+            "processes": self.processes,
+        }
+        scores = token_scores(self.model, texts, moments=True, **shared)
+        beside = None if reference is None else token_scores(reference, texts, **shared)
         return membership_scores(scores, [self.tokenizer.decode(text) for text in texts], beside)
 
     def _reference(self) -> Transformer | None:
@@ -244,7 +255,7 @@ class Auditor:
         path = self.settings.reference
         if path is None:
             return None
-        found = load_target(path)
+        found = load_target(path, device=self.target.model.embedding.weight.device)
         if found.tokenizer.sha256 != self.tokenizer.sha256:
             raise InputError(
                 f"audit.reference: {path} has another tokenizer ({found.tokenizer.path}) than {self.target.path}: its "
@@ -260,6 +271,12 @@ class Auditor:
         for source in sources:
             source.corpus.check_tokenizer(self.tokenizer)
         return sources
+
+    def losses(self) -> dict[str, Any]:
+        """Of training and of validation text; a few batches, which the first process does alone."""
+        if not self.processes.is_main:
+            return {"train": None, "valid": None}
+        return {"train": self.training_losses(), "valid": self.validation_losses()}
 
     def training_losses(self) -> dict[str, Any] | None:
         """Loss of dropped and kept tokens on sequences spread evenly over those the model has trained on."""

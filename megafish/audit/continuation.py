@@ -13,6 +13,7 @@ from megafish.audit.scores import TokenScores
 from megafish.data.tokenizer import Tokenizer
 from megafish.decode.generate import generate
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes
 
 
 def continue_greedily(
@@ -24,11 +25,12 @@ def continue_greedily(
     *,
     batch_size: int,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> list[list[int]]:
     """What `generate` writes at temperature 0 behind each prompt, at most as many tokens as the suffix has.
 
-    scores: of prompt + suffix. tokenizer: None for no end-of-text token. The texts are the same up to rounding in the
-    matrix products.
+    scores: of prompt + suffix. tokenizer: None for no end-of-text token. processes: those that share the batches. The
+    texts are the same up to rounding in the matrix products.
     """
     eos = None if tokenizer is None else tokenizer.eos_id
     found = [_known(suffix, score, eos) for suffix, score in zip(suffixes, scores, strict=True)]
@@ -41,6 +43,7 @@ def continue_greedily(
         max_new_tokens=[left[i] for i in going],
         batch_size=batch_size,
         progress=progress,
+        processes=processes,
     )
     for i, output in zip(going, outputs, strict=True):
         found[i][0].extend(output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from megafish.decode.generate import Sampler
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes, batched
 from megafish.progress import track
 
 _LOGITS_BYTES = 64 << 20
@@ -51,12 +53,13 @@ def token_scores(
     top_k: int | None = None,
     top_p: float | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> list[TokenScores]:
     """Scores of texts of any length of at least 2, each read as a document of its own.
 
     batch_size: texts in one forward pass; they are packed, not padded. moments: mean and std too. temperature (with
-    top_k and top_p, as decode.generate draws): sampled_log_prob too. Raises InputError for a text of fewer than 2
-    tokens and for ids outside the vocabulary.
+    top_k and top_p, as decode.generate draws): sampled_log_prob too. processes: those that share the batches. Raises
+    InputError for a text of fewer than 2 tokens and for ids outside the vocabulary.
     """
     sampler = None if temperature is None else Sampler(temperature, top_k, top_p)
     for number, sequence in enumerate(sequences):
@@ -66,14 +69,15 @@ def token_scores(
             raise InputError(f"text {number} holds an id outside the vocabulary of {model.vocab_size}")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found: list[TokenScores | None] = [None] * len(sequences)
-    with track(len(sequences), "score texts", "text", enabled=progress) as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+    own = processes.own(batched(order, batch_size))
+    with track(sum(map(len, own)), "score texts", "text", enabled=progress) as bar:
+        for numbers in own:
             for number, scores in zip(
                 numbers, _score([sequences[i] for i in numbers], model, moments, sampler), strict=True
             ):
                 found[number] = scores
             bar.advance(len(numbers))
+    processes.complete(found, chain(*own))
     return [scores for scores in found if scores is not None]
 
 

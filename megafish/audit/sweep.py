@@ -21,9 +21,12 @@ from megafish.data.tokenizer import Tokenizer
 from megafish.decode.beam import beam_search
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes
 
 
-def sweep(model: Transformer, probes: Sequence[Probe], settings: AuditConfig, progress: bool) -> list[dict[str, Any]]:
+def sweep(
+    model: Transformer, probes: Sequence[Probe], settings: AuditConfig, progress: bool, processes: Processes = ALONE
+) -> list[dict[str, Any]]:
     """Greedy extraction at every prompt length and offset asked for; empty where none is besides the main one.
 
     Passages that are too short for a cell are an InputError: the cells of a sweep are compared, so all of them have to
@@ -44,7 +47,7 @@ def sweep(model: Transformer, probes: Sequence[Probe], settings: AuditConfig, pr
         )
     for offset in offsets:
         texts = [probe.tokens[offset : offset + prompts[-1] + suffix].tolist() for probe in probes]
-        scores = token_scores(model, texts, batch_size=settings.batch_size, progress=progress)
+        scores = token_scores(model, texts, batch_size=settings.batch_size, progress=progress, processes=processes)
         for prompt in prompts:
             levels = _levels(probes, scores, prompt, suffix)
             cells.append({"prompt_tokens": prompt, "suffix_tokens": suffix, "offset": offset, "levels": levels})
@@ -74,6 +77,7 @@ def beams(
     suffixes: Sequence[Sequence[int]],
     settings: AuditConfig,
     progress: bool,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Extraction by beam search: the best beam is the suffix (best), or one of the beams is (any)."""
     found = []
@@ -86,6 +90,7 @@ def beams(
             max_new_tokens=settings.suffix_tokens,
             batch_size=max(1, settings.batch_size // width),
             progress=progress,
+            processes=processes,
         )
         texts = [[list(beam.tokens) for beam in beams] for beams in outputs]
 

@@ -17,6 +17,7 @@ from megafish.errors import InputError
 from megafish.huggingface.importer import Described, load_model
 from megafish.model.load import STATE, checkpoint_of, load_run
 from megafish.model.transformer import Transformer
+from megafish.processes import device_of
 from megafish.run import RunDir, read_json
 
 SPENT = ("samples", "tokens", "supervised_tokens")
@@ -50,19 +51,24 @@ class Target:
 
 
 def load_target(
-    path: str | Path, *, step: int | None = None, overrides: Sequence[str] = (), output: str | Path | None = None
+    path: str | Path,
+    *,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> Target:
     """The model at `path`: a run directory, a checkpoint in one, or a folder with a Hugging Face model.
 
     overrides: settings of the section audit, and, of a model that was not trained here, of data, eval and goldfish:
-    what it was trained on. output: where the audit of a Hugging Face folder is written (default: audit/NAME). Raises
-    InputError.
+    what it was trained on. output: where the audit of a Hugging Face folder is written (default: audit/NAME). device:
+    the model's, by default a GPU where there is one. Raises InputError.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
         if step is not None:
             raise InputError(f"{path}: a Hugging Face folder has no steps: leave --step away")
-        return _huggingface(path, overrides, output)
+        return _huggingface(path, overrides, output, device or device_of(None))
     if output is not None:
         raise InputError(f"--output: the audit of a run is written into the run ({path}/audit): leave it away")
     folder = checkpoint_of(path, step)[1]
@@ -72,14 +78,14 @@ def load_target(
     elif state is not None:
         _check_spent(folder / STATE, state)
     _check_overrides(path, overrides, trained=state is not None)
-    loaded = load_run(path, step)
+    loaded = load_run(path, step, device or device_of(None))
     config = loaded.run.load_config(list(overrides)) if overrides else loaded.config
     return Target(path, for_decoding(loaded.model), loaded.tokenizer, config, loaded.run, loaded.step, state)
 
 
-def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None) -> Target:
+def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None, device: torch.device) -> Target:
     _check_overrides(path, overrides, trained=False)
-    model, found = load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
+    model, found = load_model(path, device)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name).lstrip("._-") or "model"
     run = RunDir(output if output is not None else Path("audit") / name)
     if run.checkpoints.exists():

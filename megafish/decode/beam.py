@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from megafish.decode.generate import check_prompts
 from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes, batched
 from megafish.progress import track
 
 
@@ -37,6 +39,7 @@ def beam_search(
     length_penalty: float = 1.0,
     batch_size: int = 1,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> list[list[Beam]]:
     """The best `beams` continuations of each prompt, best first.
 
@@ -46,8 +49,8 @@ def beam_search(
     early by a heuristic.
 
     batch_size: prompts searched at one time; each takes `beams` rows of the cache, so that 100 beams take the memory of
-    100 prompts. tokenizer: None for no end-of-text token. Raises InputError for an empty prompt, an id outside the
-    vocabulary and values out of range.
+    100 prompts. tokenizer: None for no end-of-text token. processes: those that share the batches. Raises InputError
+    for an empty prompt, an id outside the vocabulary and values out of range.
     """
     if beams < 1 or 2 * beams > model.vocab_size:
         raise InputError(f"beams={beams}: must be at least 1 and at most half the vocabulary ({model.vocab_size})")
@@ -58,13 +61,14 @@ def beam_search(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[Beam]] = [[] for _ in prompts]
     stepper = Stepper(model)
-    with track(len(prompts), f"search with {beams} beams", "prompt", enabled=progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+    own = processes.own(batched(order, batch_size))
+    with track(sum(map(len, own)), f"search with {beams} beams", "prompt", enabled=progress) as bar:
+        for rows in own:
             found = _search(stepper, [prompts[i] for i in rows], beams, max_new_tokens, length_penalty, eos)
             for i, texts in zip(rows, found, strict=True):
                 results[i] = texts
             bar.advance(len(rows))
+    processes.complete(results, chain(*own))
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from megafish.decode.memfree import Blocked, Context, MemFree, draw_allowed, fir
 from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes, batched
 from megafish.progress import Track, track
 
 
@@ -31,6 +33,7 @@ def generate(
     batch_size: int = 32,
     progress: bool = False,
     memfree: MemFree | None = None,
+    processes: Processes = ALONE,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts.
 
@@ -42,7 +45,8 @@ def generate(
 
     tokenizer: None for no end-of-text token (stop strings need one). progress: show a bar on a terminal. memfree: a
     filter of n-grams, none of which is completed: their tokens count as impossible, before top_k and top_p. A
-    continuation also ends where no token is left.
+    continuation also ends where no token is left. processes: those that share the batches, all of which have all
+    results (memfree counts those of its own).
     Raises InputError for an empty prompt, an id outside the vocabulary and values out of range.
     """
     sampler = Sampler(temperature, top_k, top_p)
@@ -58,10 +62,11 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length: little padding
     results: list[list[int]] = [[] for _ in prompts]
     stepper = Stepper(model)
-    with track(len(prompts), "generate", "prompt", enabled=progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+    own = processes.own(batched(order, batch_size))
+    with track(sum(map(len, own)), "generate", "prompt", enabled=progress) as bar:
+        for rows in own:
             generate_batch(stepper, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
+    processes.complete(results, chain(*own))
     return results
 
 

@@ -32,8 +32,8 @@ from lm_eval.utils import handle_non_serializable, make_table
 from megafish import __version__
 from megafish.errors import InputError
 from megafish.evaluate.lm import RunLM
-from megafish.evaluate.processes import Processes, device_of, joined_processes
 from megafish.model.load import checkpoint_of, load_run
+from megafish.processes import Processes, device_of, joined_processes
 from megafish.run import write_atomic
 
 # The seeds that `lm_eval` itself starts with, so that the same examples are shown to a model here and there.
@@ -91,8 +91,7 @@ def evaluate_run(
         loaded = load_run(path, step, place)
         lm = RunLM(loaded, batch_size=batch_size, processes=processes, progress=progress)
         found = _evaluate(lm, chosen, limit, processes)
-        processes.gather(None)  # none leaves before all have done: a launcher may end what is left
-    if processes.rank != 0:
+    if not processes.is_main:
         return None
     now = datetime.now(timezone.utc)
     file = output if output is not None else run.path / "evals" / f"{folder.name}_{now:%Y-%m-%dT%H-%M-%S}.json"

@@ -25,9 +25,9 @@ from megafish.data.tokenizer import Tokenizer
 from megafish.decode.generate import Ending, Sampler, generate_batch
 from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
-from megafish.evaluate.processes import Processes
 from megafish.model.load import LoadedRun
 from megafish.model.transformer import Transformer
+from megafish.processes import ALONE, Processes, batched
 from megafish.progress import Track, track
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class RunLM(TemplateLM):
         loaded: LoadedRun,
         *,
         batch_size: int = 16,
-        processes: Processes = Processes(),  # noqa: B008 - immutable
+        processes: Processes = ALONE,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class RunLM(TemplateLM):
         self.processes = processes
         self.max_length = max_length(loaded.config)
         self.max_gen_toks = 256
-        self._progress = progress and processes.rank == 0
+        self._progress = progress and processes.is_main
         self._ids = loaded.tokenizer
         self._decoder = _Decoder(loaded.tokenizer)
         self._before, self._after = added_ids(loaded.tokenizer)
@@ -144,7 +144,7 @@ class RunLM(TemplateLM):
         batches = [
             rows
             for members in alike.values()
-            for rows in self._batches(sorted(members, key=lambda number: -len(prompts[number])))
+            for rows in batched(sorted(members, key=lambda number: -len(prompts[number])), self.batch_size)
         ]
 
         results: list[list[int]] = [[] for _ in prompts]
@@ -177,7 +177,7 @@ class RunLM(TemplateLM):
             context = context or [self.prefix_token_id]
             alike.setdefault(tuple((context + continuation)[-(self.max_length + 1) : -1]), []).append(number)
         # The longest ones first: what does not fit into memory fails at once, and the time left is never too short.
-        batches = self._batches(sorted(alike, key=lambda read: (-len(read), read)))
+        batches = batched(sorted(alike, key=lambda read: (-len(read), read)), self.batch_size)
 
         def score_batch(batch: Sequence[tuple[int, ...]], bar: Track) -> list[tuple[int, tuple[float, bool]]]:
             numbers = [number for read in batch for number in alike[read]]
@@ -189,9 +189,6 @@ class RunLM(TemplateLM):
         found = dict(self._shared("loglikelihood", batches, score_batch, lambda read: len(alike[read])))
         return [found[number] for number in range(len(requests))]
 
-    def _batches(self, items: Sequence[T]) -> list[Sequence[T]]:
-        return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
-
     def _shared(
         self,
         what: str,
@@ -200,7 +197,7 @@ class RunLM(TemplateLM):
         weight: Callable[[T], int] = lambda _: 1,
     ) -> list[tuple[int, Any]]:
         """The answers of all batches, of which this process does every size-th. weight: requests of an item."""
-        own = batches[self.processes.rank :: self.processes.size]
+        own = self.processes.own(batches)
         answers: list[tuple[int, Any]] = []
         total = sum(weight(item) for batch in own for item in batch)
         with track(total, what, "request", enabled=self._progress) as bar:

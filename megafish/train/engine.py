@@ -29,6 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from megafish.config import Config
 from megafish.config_deepspeed import REDUCE_BUCKET
 from megafish.errors import InputError
+from megafish.launcher import adopt_slurm
 from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mesh
 from megafish.model.parallel import gradient_norm
 from megafish.model.transformer import Transformer
@@ -49,10 +50,6 @@ from megafish.train.partition import (
 from megafish.train.state import Piece, StateReader, Weights, trained
 
 T = TypeVar("T")
-
-# Under the launchers that Slurm users know, srun starts the processes and names them in its own variables.
-# (STEP_NUM_TASKS, not NTASKS: the latter is there in the batch script itself, which is no task.)
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @dataclass(frozen=True)
@@ -171,16 +168,8 @@ def largest(number: int, processes: Processes) -> int:
 
 def _fill_environment() -> None:
     """Give torch.distributed the variables it reads, from Slurm's or for a run of one process."""
+    adopt_slurm()
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing:
-            raise InputError(
-                f"started by srun without {' and '.join(missing)}: export MASTER_ADDR=$(scontrol show hostnames "
-                '"$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500 in the batch script'
-            )
-        for name, source in _SLURM.items():
-            env[name] = env[source]
     if "RANK" not in env:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

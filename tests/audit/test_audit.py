@@ -33,6 +33,7 @@ from tests.audit.helpers import (
     sentences,
     write_run,
 )
+from tests.helpers import finish, start
 
 
 def audit(path: Path, **options: Any) -> AuditResult:
@@ -51,6 +52,20 @@ def plain(runs: Runs) -> AuditResult:
 @pytest.fixture(scope="module")
 def goldfish(runs: Runs) -> AuditResult:
     return audit(runs.goldfish)
+
+
+def test_two_processes_write_what_one_writes(runs: Runs, tmp_path: Path) -> None:
+    found = []
+    wanted = ["audit={samples: 2, beams: [2], prompt_lengths: [4], batch_size: 8}", f"audit.reference={runs.goldfish}"]
+    for count in (1, 2):
+        run = shutil.copytree(runs.plain, tmp_path / f"copy{count}")
+        printed = finish(start(tmp_path, count, "-m", "megafish", "audit", str(run), *wanted))
+        assert printed.count("verdict:") == 1 and printed.splitlines()[-1] == f"next: megafish report {run}"
+        folder = next((run / "audit").iterdir())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary["model"].pop("path"), summary.pop("created")
+        found.append((summary, lines(folder)))
+    assert found[0] == found[1]
 
 
 def test_plain_training_recites_and_goldfish_does_not(plain: AuditResult, goldfish: AuditResult) -> None:
@@ -117,10 +132,10 @@ def test_the_marked_tokens_are_those_dropped_in_training(runs: Runs, goldfish: A
         batch = make_batch([stream.read(number)], mask)
         tokens, drop = batch.tokens[0].tolist(), batch.drop[0].numpy()
         for text, marks in wanted.items():
-            for start in range(len(tokens) - len(text) + 1):
-                if tuple(tokens[start : start + len(text)]) == text:
+            for begin in range(len(tokens) - len(text) + 1):
+                if tuple(tokens[begin : begin + len(text)]) == text:
                     # Target j of a sample is its token j + 1.
-                    got = drop[start + PROMPT - 1 : start + PROMPT + SUFFIX - 1]
+                    got = drop[begin + PROMPT - 1 : begin + PROMPT + SUFFIX - 1]
                     assert np.array_equal(got, np.asarray(marks, dtype=bool))
                     found += 1
     assert found > 20 and any(any(marks) for marks in wanted.values())

@@ -1,9 +1,10 @@
-"""The processes of an evaluation: those that torchrun starts, or this one alone."""
+"""Processes that share a work of independent parts, as an evaluation or an audit: those that torchrun or srun starts,
+or this one alone. (Those of a training run, which exchange tensors, are in train/engine.py.)"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megafish.errors import InputError
+from megafish.launcher import adopt_slurm
 
 T = TypeVar("T")
 
@@ -23,10 +25,26 @@ _TIMEOUT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the requests."""
+    """This process among those that share a work."""
 
     rank: int = 0
     size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def own(self, parts: Sequence[T]) -> Sequence[T]:
+        """The parts of the work that are this process's: every size-th."""
+        return parts[self.rank :: self.size]
+
+    def complete(self, values: list[T], own: Iterable[int]) -> None:
+        """Fill in what the other processes have found; own: the numbers of what this one has. Collective."""
+        if self.size > 1:
+            for found in self.gather({number: values[number] for number in own}):
+                for number, value in found.items():
+                    values[number] = value
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks, in each of them."""
@@ -37,9 +55,19 @@ class Processes:
         return values
 
 
+ALONE = Processes()
+
+
+def batched(items: Sequence[T], size: int) -> list[list[T]]:
+    """Parts of `size` items each, the last one of what is left."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The process group that RANK and WORLD_SIZE name, until the block ends. Objects alone are exchanged, over gloo."""
+    """The process group that RANK and WORLD_SIZE name, or srun, until the block ends: none leaves before all are done.
+    Objects alone are exchanged, over gloo."""
+    adopt_slurm()
     try:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
@@ -51,8 +79,10 @@ def joined_processes() -> Iterator[Processes]:
     if missing:
         raise InputError(f"WORLD_SIZE={size}, but {missing[0]} is not set: start the processes with torchrun")
     dist.init_process_group("gloo", timeout=_TIMEOUT)
+    processes = Processes(rank, size)
     try:
-        yield Processes(rank, size)
+        yield processes
+        processes.gather(None)  # a launcher may end what is left once one has gone
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,31 @@
+"""What the launcher of this process has said of it, by its environment."""
+
+from __future__ import annotations
+
+import os
+
+from megafish.errors import InputError
+
+# Under the launchers that Slurm users know, srun starts the processes and names them in its own variables.
+# (STEP_NUM_TASKS, not NTASKS: the latter is there in the batch script itself, which is no task.)
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def adopt_slurm() -> None:
+    """Give torch.distributed the variables it reads, where srun has started several processes."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise InputError(
+            f"started by srun without {' and '.join(missing)}: export MASTER_ADDR=$(scontrol show hostnames "
+            '"$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500 in the batch script'
+        )
+    for name, source in _SLURM.items():
+        env[name] = env[source]
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints, before any of them have met."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
