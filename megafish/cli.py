@@ -107,7 +107,7 @@ def _root(
 
 @app.command(epilog="Example: megafish doctor --no-test")
 def doctor(
-    test: Annotated[bool, typer.Option("--test/--no-test", help="Run the self-test of about 20 seconds")] = True,
+    test: Annotated[bool, typer.Option("--test/--no-test", help="Run the self-test, 10 to 40 seconds")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
 ) -> None:
     """What is installed here, what of it is used, what is missing, and whether it works."""
@@ -502,10 +502,19 @@ def import_(
 )
 def audit(
     model: Annotated[Path, typer.Argument(help="Run directory, or a folder with a Hugging Face model")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of the audit, e.g. audit.prompt_tokens=32; of a Hugging Face model also data, eval, goldfish"
+        ),
+    ] = None,
     step: Step = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Sweep prompt lengths and offsets, draw 16 samples, search with 30 beams")
+        bool,
+        typer.Option(
+            "--full",
+            help="Sweep prompt lengths, and offsets where passages have room, draw 16 samples, search with 30 beams",
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the audit of a Hugging Face model (default: audit/NAME)")

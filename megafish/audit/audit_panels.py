@@ -257,7 +257,10 @@ def _membership(runs: Sequence[RunView]) -> Panel | None:
         return None
     found = [run.summary["membership"] for run in audited if run.summary is not None]
     # A logarithmic axis has no 0: a rate of none is drawn at half of the smallest that these groups can have.
-    floor = min(1 / each[group] for each in found for group in ("members", "non_members")) / 2
+    # One for each axis: what held-out texts there are decides which rates of false alarms can be known.
+    floors = {
+        key: min(1 / each[group] for each in found) / 2 for key, group in (("fpr", "non_members"), ("tpr", "members"))
+    }
     series: list[Series] = []
     for run, each in zip(audited, found, strict=True):
         attacks = {name: figures for name, figures in each["attacks"].items() if name != "blind"}
@@ -266,9 +269,10 @@ def _membership(runs: Sequence[RunView]) -> Panel | None:
             if len(runs) > 1 and name != best:
                 continue
             label = f"{ATTACKS[name]} {figures['auc']:.2f}" if len(runs) == 1 else f"{run.name} {figures['auc']:.2f}"
-            roc = {key: np.maximum(values, floor) for key, values in figures["roc"].items()}
+            roc = {key: np.maximum(values, floors[key]) for key, values in figures["roc"].items()}
             shade = _shade(run, i) if len(runs) == 1 else (run.masked, run.index)
             series.append(Series(roc["fpr"], roc["tpr"], label, *shade, markers=False))
+    floor = max(floors.values())
     series.append(Series([floor, 1], [floor, 1], "", masked=None, index=0, dashed=True, markers=False))
     return Panel(
         "membership",

@@ -17,7 +17,7 @@ from megafish.audit.metrics import longest_common_prefix
 from megafish.audit.probes import Probe, ProbeSet, load_canaries, longest, open_probes, split_probes
 from megafish.audit.scores import token_scores
 from megafish.audit.sweep import beams, sweep
-from megafish.audit.target import Target, load_target
+from megafish.audit.target import Target, check_named, load_target
 from megafish.audit.trained_with import check_trained_with
 from megafish.config import AuditConfig, Config
 from megafish.data.corpus import Sample, SampleStream, SourceSpec, open_train, open_valid
@@ -48,6 +48,8 @@ class Auditor:
         self.progress = progress and processes.is_main
         self.processes = processes
         self.notes: list[str] = []
+        if self.settings.reference is not None:
+            check_named(self.settings.reference)  # before all the work that it is needed after
         self.reference = False
         self.mask: GoldfishMask | None = None
         self.stream: SampleStream | None = None
@@ -223,13 +225,24 @@ class Auditor:
         settings, valid = self.settings, self._valid()
         if not settings.membership or self.stream is None or not valid:
             return None
+        length, read = settings.membership_tokens, self.config.data.sequence_length
+        if length > read:
+            self.notes.append(
+                f"membership inference by the first {read} tokens of each text: the model was not trained on more "
+                f"(audit.membership_tokens={length})"
+            )
+            length = read
+        if self.target.spent is None:
+            self.notes.append(
+                "membership inference takes all training documents for read: it is not known of this model"
+            )
         chosen = choose_members(
             self.stream,
             valid,
             self.canaries,
             consumed=self.consumed,
             count=settings.membership,
-            length=settings.membership_tokens,
+            length=length,
             seed=settings.seed,
         )
         self.notes += chosen.notes
@@ -238,7 +251,7 @@ class Auditor:
             return None
         reference = self._reference()
         groups = [self._scored(texts, reference) for texts in (chosen.members, chosen.non_members)]
-        return {"tokens": settings.membership_tokens, **attack(*groups)}
+        return {"tokens": length, **attack(*groups)}
 
     def _scored(self, texts: Sequence[Sequence[int]], reference: Transformer | None) -> dict[str, np.ndarray]:
         shared: dict[str, Any] = {

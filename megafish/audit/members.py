@@ -42,10 +42,11 @@ def choose_members(
     whole = min(stream.epochs(consumed)) >= 1
     read = _beginnings(stream.sources, length, draw) if whole else _trained_on(stream, consumed, length, draw)
     members = _take(read, count, planted | held_out)
+    known = "" if whole else " and are known to have been read"
     notes = [
         f"{len(found)} {what} for membership inference instead of {count}: no more have {length} tokens "
-        "(audit.membership_tokens)"
-        for found, what in ((members, "training documents"), (held_out, "validation documents"))
+        f"(audit.membership_tokens){more}"
+        for found, what, more in ((members, "training documents", known), (held_out, "validation documents", ""))
         if len(found) < count
     ]
     # The two sides are sets for the sake of what stands in both; sorted, so that an audit is repeatable.

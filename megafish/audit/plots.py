@@ -270,10 +270,11 @@ def _tick_points(axes: Axes, panel: Panel) -> None:
 
 
 def _settled_range(lines: Sequence[Series]) -> tuple[float, float]:
-    """y range of all series without the first tenth of the x axis, with a margin."""
+    """y range of all series without the first tenth of the x axis, but with where each of them ends; with a margin."""
     xs = np.concatenate([np.asarray(line.x, dtype=np.float64) for line in lines])
     ys = np.concatenate([np.asarray(line.y, dtype=np.float64) for line in lines])
-    late = ys[(xs >= xs.min() + 0.1 * (xs.max() - xs.min())) & np.isfinite(ys)]
+    ends = np.concatenate([np.arange(len(line.x)) == len(line.x) - 1 for line in lines])
+    late = ys[((xs >= xs.min() + 0.1 * (xs.max() - xs.min())) | ends) & np.isfinite(ys)]
     if not late.size:
         late = np.zeros(1)
     margin = 0.06 * (late.max() - late.min()) or 0.05 * abs(float(late.max())) or 1.0

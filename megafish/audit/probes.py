@@ -149,6 +149,8 @@ def _texts(path: Path, settings: AuditConfig, tokenizer: Tokenizer, length: int)
         probes.append(Probe(len(probes), None, np.asarray(ids[:length], np.int64), str(path), source, None))
         if len(probes) == settings.probe_count:
             break
+    if not probes and not short:
+        raise InputError(f"audit.probes: {path}: holds no text")
     if not probes:
         raise InputError(
             f"audit.probes: {path}: none of its {short} texts has {length} tokens (audit.prompt_tokens + "

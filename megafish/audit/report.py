@@ -200,7 +200,7 @@ def _beside_control(run: RunView) -> str:
     assert run.summary is not None
     verdict, top = run.summary["verdict"], run.levels[-1]
     settings = run.summary["settings"]
-    seen = "" if top["effective_exposures"] is None else f"{top['effective_exposures']:.3g}"
+    seen = "" if top["effective_exposures"] is None else f"{top['effective_exposures']:,.4g}"
     return (
         f"{run.name}: the difference to passages that were not planted is "
         f"{100 * (verdict['rate'] - verdict['control_rate']):+.0f} points (95 % interval "

@@ -42,8 +42,8 @@ def sweep(
     if len(shortest.tokens) < need:
         raise InputError(
             f"{shortest.corpus}: passage {shortest.id} has {len(shortest.tokens)} tokens, the sweep needs {need}: the "
-            f"largest of audit.offsets ({offsets[-1]}) + of audit.prompt_lengths ({prompts[-1]}) + audit.suffix_tokens "
-            f"({suffix}): lower one of them"
+            f"largest of audit.offsets ({offsets[-1]}) + of audit.prompt_tokens and audit.prompt_lengths "
+            f"({prompts[-1]}) + audit.suffix_tokens ({suffix}): lower one of them"
         )
     for offset in offsets:
         texts = [probe.tokens[offset : offset + prompts[-1] + suffix].tolist() for probe in probes]

@@ -65,7 +65,7 @@ def load_target(
     the model's, by default a GPU where there is one. Raises InputError.
     """
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+    if _is_huggingface(path):
         if step is not None:
             raise InputError(f"{path}: a Hugging Face folder has no steps: leave --step away")
         return _huggingface(path, overrides, output, device or device_of(None))
@@ -81,6 +81,16 @@ def load_target(
     loaded = load_run(path, step, device or device_of(None))
     config = loaded.run.load_config(list(overrides)) if overrides else loaded.config
     return Target(path, for_decoding(loaded.model), loaded.tokenizer, config, loaded.run, loaded.step, state)
+
+
+def check_named(path: str | Path) -> None:
+    """Refuse what `load_target` would not find (InputError)."""
+    if not _is_huggingface(Path(path)):
+        checkpoint_of(path)
+
+
+def _is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "config.yaml").is_file()
 
 
 def _huggingface(path: Path, overrides: Sequence[str], output: str | Path | None, device: torch.device) -> Target:

@@ -61,7 +61,10 @@ def duplicates(
     places = sum(occurrences for _, occurrences in totals.values())
     for least in (2, 10, 100):
         share = sum(o for number, (_, o) in totals.items() if bin_bounds(number)[0] >= least) / places
-        console.print(f"in passages that occur at least {least} times: {share:.2%}", highlight=False)
+        console.print(
+            f"of the text in passages of {length} tokens that occur at least {least} times: {share:.2%}",
+            highlight=False,
+        )
     if output is not None:
         bins = [
             {"least": bin_bounds(number)[0], "most": bin_bounds(number)[1], "distinct": distinct, "occurrences": every}

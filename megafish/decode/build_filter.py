@@ -74,11 +74,12 @@ def build_filter(
     default. Raises InputError for corpora of unlike tokenizers, without n-grams, and values out of range.
     """
     path = Path(path)
-    if n < 2 or minimum_count < 1 or not 0 < false_positive_rate < 1:
-        raise InputError(
-            f"n={n} must be at least 2, minimum_count={minimum_count} at least 1, false_positive_rate="
-            f"{false_positive_rate} between 0 and 1"
-        )
+    if n < 2:
+        raise InputError(f"n={n}: must be at least 2")
+    if minimum_count < 1:
+        raise InputError(f"minimum_count={minimum_count}: must be at least 1")
+    if not 0 < false_positive_rate < 1:
+        raise InputError(f"false_positive_rate={false_positive_rate}: must be above 0 and below 1")
     opened = [Corpus(corpus) for corpus in corpora]
     sha256 = _tokenizer_of(opened, tokenizer)
     pieces = _pieces(opened)

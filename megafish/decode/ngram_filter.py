@@ -53,6 +53,8 @@ class NgramFilter:
         """Map a file that `megafish filter` wrote. Raises InputError where it is missing, damaged or of a newer
         version."""
         path = Path(path)
+        if path.is_dir():
+            raise InputError(f"{path}: a folder, no filter: build one of a corpus by megafish filter {path} --to FILE")
         if not path.is_file():
             raise InputError(f"{path}: no such file: build a filter (megafish filter CORPUS --to {path})")
         with open(path, "rb") as file:

@@ -153,8 +153,8 @@ def test_damaged_files(corpus: Path, tmp_path: Path, change: str, message: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 1}, "n=1 must be at least 2"),
-        ({"false_positive_rate": 1.0}, "false_positive_rate=1.0 between"),
+        ({"n": 1}, "n=1: must be at least 2"),
+        ({"false_positive_rate": 1.0}, "false_positive_rate=1.0: must be above 0 and below 1"),
         ({"minimum_count": 10_000}, "no text of 10 tokens occurs 10000 times"),
     ],
 )
