@@ -102,9 +102,9 @@ def measure(run: Path, precision: str, asked: argparse.Namespace) -> list[list[s
     plain, masked = (Loader(stream, each, asked.rows, asked.rows) for each in (None, mask))
     premature = Premature(ContrastConfig(premature=str(run)), tokenizer, Mesh(), device, dtype, sharded=False)
     model_config: ModelConfig = config.model
-    corrected: list[float] = []
+    corrected: dict[str, list[float]] = {}
 
-    def stepper(loss: LossConfig, patch: int | None = None, contrasted: bool = False) -> Callable[[Batch], None]:
+    def stepper(loss: LossConfig, patch: int | None = None, contrasted: str = "") -> Callable[[Batch], None]:
         weights = initial_weights(run, model_config, tokenizer.vocab_size)
         model = Transformer(model_config, tokenizer.vocab_size, loss=loss, weights=weights).to(device, dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
@@ -113,7 +113,7 @@ def measure(run: Path, precision: str, asked: argparse.Namespace) -> list[list[s
             batch = batch if patch is None else patch_batch(batch, patch)
             contrast = premature(batch) if contrasted else None
             if contrast is not None:
-                corrected.append(len(contrast.hidden) / batch.kept)
+                corrected.setdefault(contrasted, []).append(len(contrast.hidden) / batch.kept)
             out = model(
                 batch.tokens.to(device),
                 targets=batch.targets.to(device),
@@ -134,8 +134,8 @@ def measure(run: Path, precision: str, asked: argparse.Namespace) -> list[list[s
         "plain": (stepper(LossConfig()), plain),
         "goldfish k=4": (stepper(LossConfig()), masked),
         "MiLe": (stepper(LossConfig(mile_gamma=1.0)), plain),
-        "self-contrastive": (stepper(LossConfig(), contrasted=True), plain),
-        "self-contrastive, goldfish k=4": (stepper(LossConfig(), contrasted=True), masked),
+        "self-contrastive": (stepper(LossConfig(), contrasted="self-contrastive"), plain),
+        "self-contrastive, goldfish k=4": (stepper(LossConfig(), contrasted="self-contrastive, goldfish k=4"), masked),
         "patches": (stepper(LossConfig(), patch=SIZE), plain),
         "patches, goldfish k=4": (stepper(LossConfig(), patch=SIZE), masked),
     }
@@ -153,7 +153,7 @@ def measure(run: Path, precision: str, asked: argparse.Namespace) -> list[list[s
     rows = []
     for name, taken in times.items():
         seconds = statistics.median(taken)
-        share = f"{statistics.mean(corrected):.1%}" if "contrastive" in name else ""
+        share = f"{statistics.mean(corrected[name]):.1%}" if name in corrected else ""
         rows.append(
             [f"{name}, {precision}", f"{seconds * 1e3:.4g}", f"{seconds / base:.3f}", f"{base / seconds:.2f}", share]
         )

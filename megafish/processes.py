@@ -4,7 +4,7 @@ or this one alone. (Those of a training run, which exchange tensors, are in trai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,19 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` gives; where it failed in one process, all of them raise its InputError. Collective."""
+        found: list[T] = []
+        problem: str | None = None
+        try:
+            found.append(action())
+        except InputError as error:
+            problem = str(error)
+        problems = [each for each in self.gather(problem) if each is not None]
+        if problems:
+            raise InputError(problems[0])
+        return found[0]
 
     def own(self, parts: Sequence[T]) -> Sequence[T]:
         """The parts of the work that are this process's: every size-th."""
@@ -95,4 +108,6 @@ def device_of(wanted: str | None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no GPU: leave --device out, or install a CUDA build of torch")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(place)
+    return place

@@ -60,14 +60,25 @@ def audit_run(
     writes and prints.
     """
     with joined_processes() as processes:
-        target = load_target(path, step=step, overrides=overrides, output=output)
+        target = processes.together(lambda: load_target(path, step=step, overrides=overrides, output=output))
+
+        def opened() -> Auditor:
+            return Auditor(target, progress=progress, full=full, processes=processes)
+
+        # The first one first: what is built once beside a corpus (a suffix array) the others find there.
         if processes.is_main:
             restore(target.folder)
-        auditor = Auditor(target, progress=progress, full=full, processes=processes)
+        first = processes.together(lambda: opened() if processes.is_main else None)
+        auditor = processes.together(lambda: first or opened())
         summary, sets = _measured(target, auditor)
-    result = AuditResult(target.folder, summary)
-    if not processes.is_main:
-        return result
+        if processes.is_main:
+            _write(target, summary, sets)
+            _print(target, summary, console or Console())
+    return AuditResult(target.folder, summary)
+
+
+def _write(target: Target, summary: dict[str, Any], sets: list[Extracted]) -> None:
+    """The audit's folder, and its figures on the run's pages."""
     records = [{"set": each.name, **record(item, target.tokenizer)} for each, items in sets for item in items]
     if not target.run.checkpoints.exists():
         target.run.save_config(target.config)  # of a Hugging Face folder: what a report is made from
@@ -78,13 +89,14 @@ def audit_run(
         levels = summary["extraction"]["levels"]
         rates = {f"recited_{level['exposures']}": level["exact_rate"] for level in levels}
         publish_audit(target.run, target.config, target.step, rates, _recited(canaries, target.tokenizer))
-    console = console or Console()
+
+
+def _print(target: Target, summary: dict[str, Any], console: Console) -> None:
     for table in tables(summary):
         console.print(table)
-    for line in (*auditor.notes, f"verdict: {summary['verdict']['text']}"):
+    for line in (*summary["notes"], f"verdict: {summary['verdict']['text']}"):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written to {target.folder}", highlight=False, soft_wrap=True)
-    return result
 
 
 def _measured(target: Target, auditor: Auditor) -> tuple[dict[str, Any], list[Extracted]]:

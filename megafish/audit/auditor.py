@@ -287,9 +287,10 @@ class Auditor:
 
     def losses(self) -> dict[str, Any]:
         """Of training and of validation text; a few batches, which the first process does alone."""
-        if not self.processes.is_main:
-            return {"train": None, "valid": None}
-        return {"train": self.training_losses(), "valid": self.validation_losses()}
+        found: dict[str, Any] = {}
+        if self.processes.is_main:
+            found = {"train": self.training_losses(), "valid": self.validation_losses()}
+        return self.processes.gather(found)[0]
 
     def training_losses(self) -> dict[str, Any] | None:
         """Loss of dropped and kept tokens on sequences spread evenly over those the model has trained on."""

@@ -33,8 +33,9 @@ class _Recorded:
 class Stepper:
     """Continues one batch of prompts after the other; every call to `begin` forgets the batch before.
 
-    For a whole model without a mesh, under torch.inference_mode or no_grad throughout. On a GPU it keeps one cache and
-    one graph for each number of rows it meets; they go with it.
+    For a whole model without a mesh, under torch.inference_mode or no_grad throughout. On a GPU it rounds the number of
+    rows up to a power of two, the others being idle, and keeps a cache and a graph for each: together at most about
+    twice the rows of the largest batch.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -43,71 +44,83 @@ class Stepper:
         self.device, self.dtype = weight.device, weight.dtype
         self.recorded = weight.device.type == "cuda"
         self._made: dict[int, _Recorded] = {}
-        self._room = 0
+        self._now: _Recorded | None = None
+        self._rows = self._room = 0
 
     def begin(self, prompts: Sequence[Sequence[int]], new: int) -> torch.Tensor:
         """Read a batch of prompts, to each of which up to `new` tokens will be added: logits fp32 [b, 1, padded
         vocabulary] of the first."""
+        self._rows, self._room, self._now = len(prompts), new, None
         lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        lengths += [1] * (self._padded(len(prompts)) - len(prompts))
+        tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : lengths[row]] = torch.as_tensor(prompt, dtype=torch.int64)
-        self._room = new
-        self._now = self._take(len(prompts), max(lengths) + new)
-        cache = self._now.cache
-        cache.expect(torch.tensor(lengths))
-        return self._logits(tokens.to(self.device))
+        self._now = self._take(len(lengths), max(lengths) + new)
+        self._now.cache.clear()
+        self._now.cache.expect(torch.tensor(lengths))
+        return self._logits(self._now.cache, tokens.to(self.device))[: self._rows]
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
         """Add a token to each row, int64 [b]: logits fp32 [b, 1, padded vocabulary] of the next one, which the step
         after it may overwrite."""
-        self._room -= 1
-        if self._room < 0:
-            raise ValueError("more tokens than `begin` was asked to hold")
         now = self._now
-        if self.recorded and now.warm:
-            if now.replay is None:
-                now.replay = record(lambda tokens: self._logits(tokens[:, None]), chosen)
-            return now.replay(chosen)
-        now.warm = True
-        return self._logits(chosen[:, None])
+        if now is None or self._room < 1:
+            raise ValueError("more tokens than `begin` was asked to hold")
+        self._room -= 1
+        cache = now.cache
+        idle = len(cache.lengths) - self._rows
+        chosen = torch.nn.functional.pad(chosen, (0, idle)) if idle else chosen
+        if not self.recorded or not now.warm:
+            now.warm = True
+            return self._logits(cache, chosen[:, None])[: self._rows]
+        if now.replay is None:
+            now.replay = record(lambda tokens: self._logits(cache, tokens[:, None]), chosen)
+        return now.replay(chosen)[: self._rows]
 
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows (int64 indices; some may be left out, and some come more than once), in this order."""
-        if not self.recorded:
-            self._now.cache.select(rows)
-            return
+        assert self._now is not None
         before = self._now.cache
-        self._now = self._take(len(rows), before.capacity, clear=False)
-        self._now.cache.load(before, rows)
+        self._rows = len(rows)
+        if not self.recorded:
+            before.select(rows)
+            return
+        idle = self._padded(len(rows)) - len(rows)
+        self._now = self._take(len(rows) + idle, before.capacity)
+        self._now.cache.load(before, torch.cat((rows, rows[:1].expand(idle))))
 
-    def _take(self, rows: int, capacity: int, clear: bool = True) -> _Recorded:
-        """An empty cache for so many rows of so many tokens."""
-        if self.recorded:
-            capacity = -(-capacity // _ROUND) * _ROUND
-            found = self._made.get(rows)
-            if found is not None and found.cache.capacity >= capacity:
-                if clear:
-                    found.cache.clear()
-                return found
-        cache = KVCache(self.model.config, rows, capacity, device=self.device, dtype=self.dtype, whole=self.recorded)
-        made = _Recorded(cache)
-        if self.recorded:
-            self._made[rows] = made
-        return made
+    def _padded(self, rows: int) -> int:
+        return 1 << (rows - 1).bit_length() if self.recorded else rows
 
-    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits = self.model(tokens, cache=self._now.cache, last_only=True)
+    def _take(self, rows: int, capacity: int) -> _Recorded:
+        """A cache for so many rows of so many tokens; one that is there, unless most of it would be read in vain."""
+        if not self.recorded:
+            return _Recorded(self._cache(rows, capacity))
+        capacity = -(-capacity // _ROUND) * _ROUND
+        found = self._made.get(rows)
+        if found is None or not capacity <= found.cache.capacity <= 2 * capacity:
+            del found
+            self._made.pop(rows, None)  # its memory is free before the new one is allocated
+            self._made[rows] = _Recorded(self._cache(rows, capacity))
+        return self._made[rows]
+
+    def _cache(self, rows: int, capacity: int) -> KVCache:
+        config = self.model.config
+        return KVCache(config, rows, capacity, device=self.device, dtype=self.dtype, whole=self.recorded)
+
+    def _logits(self, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.model(tokens, cache=cache, last_only=True)
         assert isinstance(logits, torch.Tensor)
         return logits
 
 
 def record(step: Replay, tokens: torch.Tensor) -> Replay:
     """The kernels of `step` as a CUDA graph. Nothing of it may depend on what the host does between two calls, and all
-    its state must lie in tensors that it changes in place. Recording it does not run it."""
+    its state must lie in tensors that stay there and that it changes in place. Recording it does not run it."""
     given = tokens.clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(given.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(given.device)):
         result = step(given)
 
     def replay(tokens: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from megafish.errors import InputError
 from megafish.evaluate.lm import RunLM
 from megafish.model.load import checkpoint_of, load_run
 from megafish.processes import Processes, device_of, joined_processes
-from megafish.run import write_atomic
+from megafish.run import RunDir, write_atomic
 
 # The seeds that `lm_eval` itself starts with, so that the same examples are shown to a model here and there.
 _PYTHON_SEED, _SEED = 0, 1234
@@ -82,13 +82,11 @@ def evaluate_run(
     start = time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    place = device_of(device)
-    run, folder = checkpoint_of(path, step)
-    if output is not None and output.exists():
-        raise InputError(f"{output}: there is something already: name another file, nothing is overwritten")
     with joined_processes() as processes:
-        chosen = load_tasks(tasks, task_files, num_fewshot)
-        loaded = load_run(path, step, place)
+        place = processes.together(lambda: device_of(device))
+        run, folder = processes.together(lambda: _found(path, step, output))
+        chosen = processes.together(lambda: load_tasks(tasks, task_files, num_fewshot))
+        loaded = processes.together(lambda: load_run(path, step, place))
         lm = RunLM(loaded, batch_size=batch_size, processes=processes, progress=progress)
         found = _evaluate(lm, chosen, limit, processes)
     if not processes.is_main:
@@ -124,6 +122,13 @@ def evaluate_run(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n")
     return Evaluated(file, results)
+
+
+def _found(path: str | Path, step: int | None, output: Path | None) -> tuple[RunDir, Path]:
+    run, folder = checkpoint_of(path, step)
+    if output is not None and output.exists():
+        raise InputError(f"{output}: there is something already: name another file, nothing is overwritten")
+    return run, folder
 
 
 def _evaluate(lm: RunLM, chosen: dict[str, Any], limit: int | None, processes: Processes) -> dict[str, Any]:

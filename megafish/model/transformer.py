@@ -112,8 +112,9 @@ class KVCache:
     A forward pass with n new tokens a row appends them after each row's length. Rows may be padded on the right: call
     `expect(counts)` before, and only counts[i] of row i's n tokens are counted (the rest is overwritten later).
 
-    whole: attention reads all of the cache, whatever is filled of it, and nothing is counted on the host, so that all
-    passes of one token do the same on the device (for CUDA graphs). Whoever calls takes care not to fill it too far.
+    whole: in a pass of one token attention reads all of the cache, whatever is filled of it, and nothing is counted on
+    the host, so that all such passes do the same on the device (for CUDA graphs). Passes of several tokens are for an
+    empty cache then, and whoever calls takes care not to fill it too far.
     """
 
     def __init__(
@@ -135,10 +136,13 @@ class KVCache:
         self.capacity = capacity
         self.whole = whole
         self.used = 0
+        # cos and sin of all its positions: a graph reads them where they were when it was recorded.
+        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def clear(self) -> None:
         """Forget all rows."""
         self.lengths.zero_()
+        self.used = 0
 
     def expect(self, counts: torch.Tensor) -> None:
         """Number of real tokens (at least 1) of each row in the next forward pass, int64 [batch]."""
@@ -153,10 +157,10 @@ class KVCache:
     def append(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far, or
-        with `whole` all there is, [batch, H_kv, L, head_dim]."""
+        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far
+        (with `whole` see there), [batch, H_kv, L, head_dim]."""
         rows = torch.arange(key.shape[0], device=key.device)[:, None]
-        filled = self.capacity if self.whole else self.used + key.shape[1]
+        filled = self.capacity if self.whole and key.shape[1] == 1 else self.used + key.shape[1]
         self.keys[layer][rows, :, positions] = key
         self.values[layer][rows, :, positions] = value
         return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
@@ -499,7 +503,9 @@ class Transformer(nn.Module):
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens cannot be used with a cache: a row of a cache is one document")
             positions = cache.positions(length)
-            cos, sin = self._rotary.get(cache.keys.shape[3], device)
+            if cache.rotary is None:
+                cache.rotary = self._rotary.get(cache.capacity, device)
+            cos, sin = cache.rotary
             return Step((batch, length), cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
         # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key
         # of another document, so counting anew in every document would give the same.

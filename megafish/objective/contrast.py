@@ -28,6 +28,8 @@ from megafish.run import sha256_file
 
 # Bytes that the premature model's logits may take at one time.
 _LOGITS = 64 << 20
+# Inputs before a place that are looked at together.
+_COMPARED = 64
 
 
 def seen_recently(ids: torch.Tensor, tokens: torch.Tensor, begins: torch.Tensor, context: int) -> torch.Tensor:
@@ -37,10 +39,13 @@ def seen_recently(ids: torch.Tensor, tokens: torch.Tensor, begins: torch.Tensor,
     """
     length = tokens.shape[1]
     back = torch.arange(min(context, length), device=tokens.device).flip(0)
-    # The last inputs of every place [b, S, context]: a view, no copy.
+    # The last inputs of every place [b, S, context] are a view; what comes of comparing them is not, hence in parts.
     recent = F.pad(tokens, (len(back) - 1, 0)).unfold(1, len(back), 1)
-    where = torch.arange(length, device=tokens.device)[:, None] - back
-    return ((ids[..., None] == recent) & (where >= begins[..., None])).any(dim=-1)
+    place = torch.arange(length, device=tokens.device)[:, None]
+    seen = torch.zeros_like(tokens, dtype=torch.bool)
+    for some, far in zip(recent.split(_COMPARED, dim=-1), back.split(_COMPARED), strict=True):
+        seen |= ((ids[..., None] == some) & (place - far >= begins[..., None])).any(dim=-1)
+    return seen
 
 
 class Premature:

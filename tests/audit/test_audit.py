@@ -295,3 +295,15 @@ def test_a_source_with_a_k_of_its_own(runs: Runs, tmp_path: Path) -> None:
     assert not result.summary["mask"]["reference"]
     marks = np.concatenate([item["dropped"] for item in lines(result.folder)])
     assert 0.4 < marks.mean() < 0.6
+
+
+def test_memberships_go_no_further_than_the_model_was_trained(runs: Runs, tmp_path: Path) -> None:
+    run = shutil.copytree(runs.plain, tmp_path / "plain")
+    summary = audit(run, overrides=["audit.membership_tokens=5000"]).summary
+    assert any(f"the first {SEQUENCE_LENGTH} tokens of each text" in note for note in summary["notes"])
+    assert summary["membership"] is None or summary["membership"]["tokens"] == SEQUENCE_LENGTH
+
+
+def test_a_reference_that_is_not_there_is_said_before_the_work(runs: Runs) -> None:
+    with pytest.raises(InputError, match="/no/such/thing"):
+        audit(runs.plain, overrides=["audit.reference=/no/such/thing", "audit.membership=0"])

@@ -98,6 +98,9 @@ def test_settled_range_leaves_out_the_first_tenth() -> None:
     y = np.where(x < 10, 100.0, 2.0 + x / 100)
     low, high = _settled_range([Series(x, y, "", True, 0)])
     assert 2.0 < low < 2.1 and 3.0 < high < 3.1
+    # A run that ends early is seen all the same.
+    short = Series(np.linspace(0, 5, 3), np.linspace(90, 80, 3), "", True, 1)
+    assert _settled_range([Series(x, y, "", True, 0), short])[1] > 80
     assert _settled_range([Series(np.zeros(1), np.full(1, np.nan), "", True, 0)])[0] < 0
 
 

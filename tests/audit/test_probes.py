@@ -126,6 +126,7 @@ def test_passages_of_text_files(tmp_path: Path, corpus: Path) -> None:
     [
         (None, {}, "no such file or folder"),
         ("a", {}, "none of its 1 texts has 10 tokens"),
+        ("", {}, "holds no text"),
         ("abc def ghi", {"probe_choice": "duplicates"}, "is no corpus: prepare it"),
     ],
 )
