@@ -1,5 +1,5 @@
-"""Processes that share a work of independent parts, as an evaluation or an audit: those that torchrun or srun starts,
-or this one alone. (Those of a training run, which exchange tensors, are in train/engine.py.)"""
+"""Several processes: how they fail together, and how they share a work of independent parts, as an evaluation or an
+audit, where torchrun or srun starts them. (Those of a training run, which exchange tensors, are in train/engine.py.)"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,6 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
-
-    def together(self, action: Callable[[], T]) -> T:
-        """What `action` gives; where it failed in one process, all of them raise its InputError. Collective."""
-        found: list[T] = []
-        problem: str | None = None
-        try:
-            found.append(action())
-        except InputError as error:
-            problem = str(error)
-        problems = [each for each in self.gather(problem) if each is not None]
-        if problems:
-            raise InputError(problems[0])
-        return found[0]
 
     def own(self, parts: Sequence[T]) -> Sequence[T]:
         """The parts of the work that are this process's: every size-th."""
@@ -76,6 +63,34 @@ def batched(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
+def together(action: Callable[[], T]) -> T:
+    """Run `action` in every process; if it failed in one, all of them raise the same InputError. Collective.
+
+    Without it the process that failed leaves and the others wait for it until the collective times out.
+    """
+    result, problem = attempt(action)
+    if problem is not None:
+        raise InputError(problem)
+    return cast(T, result)
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Run `action` in every process: its result here, and the first process's InputError as text. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as caught:
+        error = str(caught)
+    errors: list[str | None] = [error]
+    if dist.is_initialized():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for rank, message in enumerate(errors):
+        if message is not None:
+            return result, message if rank == 0 else f"process {rank}: {message}"
+    return result, None
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The process group that RANK and WORLD_SIZE name, or srun, until the block ends: none leaves before all are done.
@@ -101,7 +116,7 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def device_of(wanted: str | None) -> torch.device:
-    """The device of this process: `wanted` (cpu or cuda), by default a GPU where there is one."""
+    """The device of this process, made the current one: `wanted` (cpu or cuda), by default a GPU where there is one."""
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":

@@ -7,7 +7,6 @@ Not here: what has a test that runs it elsewhere, and what needs another machine
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from tests.helpers import place_kept
 from tests.test_docs import PAGES, ROOT, blocks
 
 ELSEWHERE = {
-    r"megafish demo": "make quickstart; tests/test_demo.py",
+    r"megafish demo": "make quickstart",
     r"megafish doctor(?! --no-test)": "its self-test takes half a minute; tests/test_doctor.py",
     r"megafish unlearn": "tests/unlearn/test_page.py, tests/unlearn/bench",
     r"megafish (status|logs|cancel)": "jobs of a cluster: tests/slurm",
@@ -50,9 +49,10 @@ def lines_of(page: Path) -> list[str]:
     """The commands of a page that are run here."""
     text = "".join(text for language, text in blocks(page) if language in ("", "sh", "bash", "console"))
     lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
-    found = [line for line in lines if re.match(r"(torchrun [^#]*)?megafish |torchrun ", line)]
-    commands = [(line, line[line.index("megafish") :]) for line in found if "megafish" in line]
-    return [line for line, call in commands if not any(re.match(pattern, call) for pattern in ELSEWHERE)]
+    found = [line for line in lines if re.match(r"(torchrun [^#]*)?megafish ", line)]
+    return [
+        line for line in found if not any(re.match(pattern, line[line.index("megafish") :]) for pattern in ELSEWHERE)
+    ]
 
 
 WALKED = [page for page in PAGES if page.name not in OTHER_PAGES and lines_of(page)]
@@ -72,24 +72,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoding="utf-8",
     )
     (folder / "prompts.txt").write_text("import os\ndef main(\n", encoding="utf-8")
-    before = Path.cwd()
-    os.chdir(folder)
-    own = dump_config(load_config("tiny", ["data.train=corpus", "name=my"]))
-    (folder / "my.yaml").write_text(own, encoding="utf-8")
-    run("megafish tokenizer text --output tokenizer.model --vocab-size 500")
-    run("megafish prepare text --tokenizer tokenizer.model --output corpus --canaries 2 --valid-fraction 0.2")
-    for name in ("first", "plain", "goldfish", "1b", "125m", "tiny"):
-        run(smaller(f"megafish train tiny data.train=corpus name={name}"))
-    run("megafish export runs/first --to first-hf")
-    shutil.copytree("first-hf", "Llama-3.2-1B")
-    shutil.copy("first-hf/tokenizer.json", "tokenizer.json")
-    for name in ("web", "code"):
-        shutil.copytree("corpus", name)
-    Path("data").mkdir()
-    for name in ("pile_text_document", "code_text_document"):
-        for suffix in ("bin", "idx"):
-            shutil.copy(f"corpus/train.{suffix}", f"data/{name}.{suffix}")
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        own = dump_config(load_config("tiny", ["data.train=corpus", "name=my"]))
+        (folder / "my.yaml").write_text(own, encoding="utf-8")
+        run("megafish tokenizer text --output tokenizer.model --vocab-size 500")
+        run("megafish prepare text --tokenizer tokenizer.model --output corpus --canaries 2 --valid-fraction 0.2")
+        for name in ("first", "plain", "goldfish", "1b", "125m", "tiny"):
+            run(smaller(f"megafish train tiny data.train=corpus name={name}"))
+        run("megafish export runs/first --to first-hf")
+        shutil.copytree("first-hf", "Llama-3.2-1B")
+        shutil.copy("first-hf/tokenizer.json", "tokenizer.json")
+        for name in ("web", "code"):
+            shutil.copytree("corpus", name)
+        Path("data").mkdir()
+        for name in ("pile_text_document", "code_text_document"):
+            for suffix in ("bin", "idx"):
+                shutil.copy(f"corpus/train.{suffix}", f"data/{name}.{suffix}")
     return folder
 
 

@@ -20,7 +20,7 @@ from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, RunView
 from megafish.audit.writing import restore, write_audit
 from megafish.data.tokenizer import Tokenizer
-from megafish.processes import joined_processes
+from megafish.processes import joined_processes, together
 from megafish.train.track import Recited, publish_audit
 
 Extracted = tuple[ProbeSet, list[Extraction]]
@@ -60,7 +60,7 @@ def audit_run(
     writes and prints.
     """
     with joined_processes() as processes:
-        target = processes.together(lambda: load_target(path, step=step, overrides=overrides, output=output))
+        target = together(lambda: load_target(path, step=step, overrides=overrides, output=output))
 
         def opened() -> Auditor:
             return Auditor(target, progress=progress, full=full, processes=processes)
@@ -68,8 +68,8 @@ def audit_run(
         # The first one first: what is built once beside a corpus (a suffix array) the others find there.
         if processes.is_main:
             restore(target.folder)
-        first = processes.together(lambda: opened() if processes.is_main else None)
-        auditor = processes.together(lambda: first or opened())
+        first = together(lambda: opened() if processes.is_main else None)
+        auditor = together(lambda: first or opened())
         summary, sets = _measured(target, auditor)
         if processes.is_main:
             _write(target, summary, sets)

@@ -33,7 +33,7 @@ from megafish import __version__
 from megafish.errors import InputError
 from megafish.evaluate.lm import RunLM
 from megafish.model.load import checkpoint_of, load_run
-from megafish.processes import Processes, device_of, joined_processes
+from megafish.processes import Processes, device_of, joined_processes, together
 from megafish.run import RunDir, write_atomic
 
 # The seeds that `lm_eval` itself starts with, so that the same examples are shown to a model here and there.
@@ -83,10 +83,10 @@ def evaluate_run(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with joined_processes() as processes:
-        place = processes.together(lambda: device_of(device))
-        run, folder = processes.together(lambda: _found(path, step, output))
-        chosen = processes.together(lambda: load_tasks(tasks, task_files, num_fewshot))
-        loaded = processes.together(lambda: load_run(path, step, place))
+        place = together(lambda: device_of(device))
+        run, folder = together(lambda: _found(path, step, output))
+        chosen = together(lambda: load_tasks(tasks, task_files, num_fewshot))
+        loaded = together(lambda: load_run(path, step, place))
         lm = RunLM(loaded, batch_size=batch_size, processes=processes, progress=progress)
         found = _evaluate(lm, chosen, limit, processes)
     if not processes.is_main:

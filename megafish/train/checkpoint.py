@@ -28,8 +28,9 @@ from megafish.config import CheckpointConfig, Config, differences
 from megafish.errors import InputError
 from megafish.model.load import MANIFEST, STATE, WEIGHTS, WEIGHTS_INDEX
 from megafish.model.tensor_file import Cancel, Entry, never, shards, write_tensors
+from megafish.processes import attempt
 from megafish.run import RunDir, read_json, sha256_file, sync_folder, write_atomic
-from megafish.train.engine import Processes, attempt, from_main
+from megafish.train.engine import Processes, from_main
 from megafish.train.state import FOLDER, INDEX, StateReader, Weights, make_index
 
 RECEIPTS = "receipts"

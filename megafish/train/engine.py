@@ -34,6 +34,7 @@ from megafish.model.mesh import Mesh, ModelParallelUnit, check_degrees, make_mes
 from megafish.model.parallel import gradient_norm
 from megafish.model.transformer import Transformer
 from megafish.plan.check import local_processes
+from megafish.processes import together
 from megafish.train.host import available_memory, keep_freed_memory
 from megafish.train.muon import Muon
 from megafish.train.optim import build_optimizer
@@ -121,32 +122,6 @@ def _gpu_of(local_rank: int) -> int:
 def _stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def together(action: Callable[[], T]) -> T:
-    """Run `action` in every process; if it failed in one, all of them raise the same InputError. Collective.
-
-    Without it the process that failed leaves and the others wait for it until the collective times out.
-    """
-    result, problem = attempt(action)
-    if problem is not None:
-        raise InputError(problem)
-    return cast(T, result)
-
-
-def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run `action` in every process: its result here, and the first process's InputError as text. Collective."""
-    result, error = None, None
-    try:
-        result = action()
-    except (InputError, OSError) as caught:
-        error = str(caught)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, message in enumerate(errors):
-        if message is not None:
-            return result, message if rank == 0 else f"process {rank}: {message}"
-    return result, None
 
 
 def from_main(action: Callable[[], T], processes: Processes) -> T:

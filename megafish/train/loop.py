@@ -26,11 +26,12 @@ from megafish.model.transformer import Transformer
 from megafish.objective.contrast import Premature
 from megafish.plan.check import check_fits
 from megafish.plan.memory import MemoryPlan
+from megafish.processes import together
 from megafish.progress import format_quantity
 from megafish.run import RunDir
 from megafish.train.checkpoint import identity, set_aside
 from megafish.train.data import TrainingData, open_data
-from megafish.train.engine import Engine, Processes, building, largest, start_processes, together
+from megafish.train.engine import Engine, Processes, building, largest, start_processes
 from megafish.train.evaluate import dropped_loss, validate
 from megafish.train.guard import StopRequest
 from megafish.train.probes import Recites, limit_passed, open_probe, recitation

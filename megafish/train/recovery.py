@@ -12,10 +12,11 @@ from typing import Any
 from megafish.data.loader import ReadOrder, StepBatch
 from megafish.data.quarantine import Quarantine, append_entry
 from megafish.errors import InputError
+from megafish.processes import together
 from megafish.run import RunDir
 from megafish.train.checkpoint import check_resume, find_good, load_state, set_aside
 from megafish.train.data import TrainingData
-from megafish.train.engine import Engine, Processes, from_main, largest, together
+from megafish.train.engine import Engine, Processes, from_main, largest
 from megafish.train.replicas import ReplicasDiffer, differing_replicas
 from megafish.train.saver import Saver
 from megafish.train.schedule import Spent

@@ -30,9 +30,10 @@ import torch.distributed as dist
 from megafish.config import CheckpointConfig
 from megafish.errors import InputError
 from megafish.model.tensor_file import Cancelled
+from megafish.processes import together
 from megafish.run import RunDir
 from megafish.train.checkpoint import make_room, publish, write_receipt, write_weights
-from megafish.train.engine import Engine, together
+from megafish.train.engine import Engine
 from megafish.train.state import Piece, write_pieces
 
 

@@ -20,9 +20,10 @@ from megafish.errors import InputError
 from megafish.model.load import MANIFEST, STATE, checkpoint_of, initial_weights
 from megafish.model.lora import adapt
 from megafish.model.transformer import Transformer
+from megafish.processes import together
 from megafish.run import RunDir, read_json, sha256_file
 from megafish.train.checkpoint import check_resume, find_good, load_state
-from megafish.train.engine import Engine, Processes, building, from_main, start_processes, together
+from megafish.train.engine import Engine, Processes, building, from_main, start_processes
 from megafish.train.guard import StopRequest
 from megafish.train.loop import Outcome, asked_to_stop, claim, due, memory_bytes, open_tracker, watchdog_of
 from megafish.train.partition import full_shape

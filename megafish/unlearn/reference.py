@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megafish.errors import InputError
+from megafish.processes import together
 from megafish.progress import track
 from megafish.run import read_json, write_atomic
-from megafish.train.engine import Engine, together
+from megafish.train.engine import Engine
 from megafish.unlearn.data import Item, pack
 
 INDEX = "index.json"
