@@ -3,10 +3,12 @@
 A Llama of random weights is written by transformers and read by megafish. Both continue the same prompts greedily with
 a key/value cache; what they write is compared. "scored" is the answer of one forward pass: whether the true suffix
 would come out word for word, as a sweep of prompt lengths asks it. "audit" is what `megafish audit` does: that pass,
-then the generation of what it does not tell, with none, half and all of the passages recited (the suffixes of those
-are what the model writes). On a CPU a second table shares the batches among processes, one a core with one thread each,
-as `torchrun --nproc-per-node 2 --no-python megafish audit RUN` does, and a third one puts attention of one token over a
-cache, as each step of decoding needs it, beside torch's scaled_dot_product_attention. The ways take turns; figures are
+then the generation of what it does not tell, from the same cache, with none, half and all of the passages recited (the
+suffixes of those are what the model writes). "with scores" is what it takes with transformers to have the same figures:
+generate, then a forward pass over the passages for the log-probabilities of the true suffixes. On a
+CPU a second table shares the batches among processes, one a core with one thread each, as `torchrun --nproc-per-node 2
+--no-python megafish audit RUN` does, and two more put what a step of decoding does beside what torch does otherwise:
+the products with the model's matrices, and attention of one token over a cache. The ways take turns; figures are
 medians, and ratios are to the probes per second of transformers in one process.
 
     python benchmarks/audit.py [--probes 128] [--repeats 3] [--save]
@@ -29,13 +31,14 @@ from typing import Any, NamedTuple
 
 import torch
 from common import save, table
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-from megafish.audit.continuation import continue_greedily
+from megafish.audit.continuation import score_and_continue
 from megafish.audit.scores import token_scores
 from megafish.data.readers import ReadOptions
 from megafish.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megafish.decode.generate import for_decoding, generate
+from megafish.decode.generate import generate
+from megafish.decode.packed import PackedLinear, for_decoding
 from megafish.demo import library_files
 from megafish.huggingface.importer import load_model
 from megafish.model.attention import one_token
@@ -96,6 +99,19 @@ def theirs(model: Any, texts: list[list[int]], batch: int) -> list[list[int]]:
     return outputs
 
 
+@torch.inference_mode()
+def their_audit(model: Any, texts: list[list[int]], batch: int) -> list[torch.Tensor]:
+    """Besides what `theirs` writes, log-probability of each true token of a suffix, and whether it is the likeliest."""
+    theirs(model, texts, batch)
+    found = []
+    for start in range(0, len(texts), batch):
+        ids = torch.tensor(texts[start : start + batch], device=model.device)
+        logits = model(ids, use_cache=False, logits_to_keep=SUFFIX + 1).logits[:, :-1].float()
+        log_probs = logits.log_softmax(-1).gather(2, ids[:, PROMPT:, None]).squeeze(2)
+        found.append(torch.stack((log_probs, logits.argmax(-1) == ids[:, PROMPT:])))
+    return found
+
+
 def measure(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
     """(median seconds, result) of each way; they take turns, after one unmeasured turn."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -128,6 +144,10 @@ def _their_batch(texts: list[list[int]]) -> list[list[int]]:
     return theirs(_model, texts, len(texts))
 
 
+def _their_audit(texts: list[list[int]]) -> int:
+    return len(their_audit(_model, texts, len(texts)))
+
+
 def _our_batch(texts: list[list[int]]) -> list[list[int]]:
     return generate(_model, None, [text[:PROMPT] for text in texts], max_new_tokens=SUFFIX, batch_size=len(texts))
 
@@ -139,8 +159,7 @@ def _audited_batch(texts: list[list[int]]) -> list[list[int]]:
 def audit(model: Transformer, texts: list[list[int]], batch: int) -> list[list[int]]:
     """What `megafish audit` does to see how much of each text is recited."""
     prompts, suffixes = [text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts]
-    scores = token_scores(model, texts, batch_size=batch)
-    return continue_greedily(model, None, prompts, suffixes, scores, batch_size=batch)
+    return score_and_continue(model, None, prompts, suffixes, batch_size=batch)[1]
 
 
 def spread(
@@ -154,11 +173,12 @@ def spread(
         for ours in (False, True)
     }
 
-    def share(work: Callable[[list[list[int]]], list[list[int]]], ours: bool, share: float = 0.0) -> None:
+    def share(work: Callable[[list[list[int]]], Any], ours: bool, share: float = 0.0) -> None:
         batches = [texts[share][start : start + asked.batch] for start in range(0, asked.probes, asked.batch)]
         list(pools[ours].map(work, batches))
 
     ways: dict[str, Callable[[], Any]] = {"theirs": partial(share, _their_batch, False)}
+    ways["with scores"] = partial(share, _their_audit, False)
     ways["ours"] = partial(share, _our_batch, True)
     ways |= {f"audit {part:.0%}": partial(share, _audited_batch, True, part) for part in texts}
     try:
@@ -170,6 +190,32 @@ def spread(
 
 
 @torch.inference_mode()
+def products(repeats: int) -> str:
+    """32 rows by 8 matrices in turn: a table."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for out, width in ((768, 256), (1408, 256), (8192, 256), (2816, 512), (8192, 512)):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(32, width, generator=generator).to(dtype)
+            weights = [torch.randn(out, width, generator=generator).to(dtype) for _ in range(8)]
+            layers = [PackedLinear(weight, None) for weight in weights]
+
+            def plain(x: Any = x, weights: Any = weights) -> None:
+                for weight in weights:
+                    linear(x, weight)
+
+            def packed(x: Any = x, layers: Any = layers) -> None:
+                for layer in layers:
+                    layer(x)
+
+            seconds, _ = measure({"plain": plain, "packed": packed}, 20 * repeats)
+            shape = f"{out} x {width}, {str(dtype).removeprefix('torch.')}"
+            speeds = [2e-9 * 8 * 32 * out * width / seconds[way] for way in ("plain", "packed")]
+            rows.append([shape, f"{speeds[0]:.0f}", f"{speeds[1]:.0f}", f"{speeds[1] / speeds[0]:.2f}"])
+    return table(rows, ["32 rows by a matrix", "F.linear [GFLOP/s]", "laid out for oneDNN", "times as fast"])
+
+
+@torch.inference_mode()
 def attention(repeats: int) -> str:
     """One token over the caches of 8 layers in turn, so that none stays in the processor's: a table."""
     rows = []
@@ -177,7 +223,7 @@ def attention(repeats: int) -> str:
         for heads, kv_heads, length in ((4, 4, 80), (8, 8, 80), (8, 2, 512)):
             generator = torch.Generator().manual_seed(0)
             query = torch.randn(32, 1, heads, 64, generator=generator).to(dtype)
-            caches = torch.randn(8, 2, 32, kv_heads, length + 20, 64, generator=generator).to(dtype)[..., :length, :]
+            caches = torch.randn(8, 2, 32, kv_heads, length, 64, generator=generator).to(dtype)
             mask = torch.zeros(32, 1, 1, length, dtype=dtype)
             options = {"attn_mask": mask, "enable_gqa": heads != kv_heads}
 
@@ -237,7 +283,9 @@ def main() -> None:
                     suffixes = [*written[:recited], *(text[PROMPT:] for text in texts[recited:])]
                     whole[share] = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
 
-                ways: dict[str, Callable[[], Any]] = {"theirs": peer, "ours": ours, "scored": scored}
+                same = partial(their_audit, hf, texts, asked.batch)
+                ways: dict[str, Callable[[], Any]] = {"theirs": peer, "with scores": same, "ours": ours}
+                ways["scored"] = scored
                 ways |= {f"audit {share:.0%}": partial(audit, own, whole[share], asked.batch) for share in SHARES}
                 seconds, results = measure(ways, asked.repeats)
                 equal = sum(a == b for a, b in zip(results["theirs"], results["ours"], strict=True))
@@ -246,6 +294,7 @@ def main() -> None:
                     [
                         f"{name}, {str(dtype).removeprefix('torch.')}",
                         f"{rate['theirs']:.1f}",
+                        f"{rate['with scores'] / rate['theirs']:.2f}",
                         f"{rate['ours']:.1f}",
                         f"{rate['ours'] / rate['theirs']:.2f}",
                         f"{rate['scored'] / rate['theirs']:.2f}",
@@ -262,19 +311,19 @@ def main() -> None:
     text += f"{VOCAB}, on {torch.cuda.get_device_name() if asked.device == 'cuda' else 'the CPU'}.\n\n"
     text += table(rows, HEAD)
     if asked.device == "cpu":
-        text += f"\n\n{table(shared, SHARED)}\n\n{attention(asked.repeats)}"
+        text += f"\n\n{table(shared, SHARED)}\n\n{products(asked.repeats)}\n\n{attention(asked.repeats)}"
     print(text)
     if asked.save:
         print(save("audit", text))
 
 
 HEAD = [
-    "model", "transformers [probes/s]", "megafish", "ratio", "scored, ratio",
+    "model", "transformers [probes/s]", "with scores, ratio", "megafish [probes/s]", "ratio", "scored, ratio",
     *(f"audit, {share:.0%} recited" for share in SHARES), "equal texts",
 ]  # fmt: skip
 
 SHARED = [
-    "a process a core, of transformers in one", "transformers", "megafish",
+    "a process a core, of transformers in one", "transformers", "with scores", "megafish",
     *(f"audit, {share:.0%} recited" for share in SHARES),
 ]  # fmt: skip
 

@@ -418,9 +418,10 @@ def generate(
     if not prompts:
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
 
-    from megafish.decode.generate import for_decoding, generate_text
+    from megafish.decode.generate import generate_text
     from megafish.decode.memfree import MemFree
     from megafish.decode.ngram_filter import NgramFilter
+    from megafish.decode.packed import for_decoding
     from megafish.model.load import load_run
 
     free = None if memfree is None else MemFree(NgramFilter.open(memfree))

@@ -20,6 +20,7 @@ from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, RunView
 from megafish.audit.writing import restore, write_audit
 from megafish.data.tokenizer import Tokenizer
+from megafish.model.flops import parameter_count
 from megafish.processes import joined_processes, together
 from megafish.train.track import Recited, publish_audit
 
@@ -105,12 +106,13 @@ def _measured(target: Target, auditor: Auditor) -> tuple[dict[str, Any], list[Ex
     canaries = _canaries(sets)
     others = [(each, items) for each, items in sets if each.kind != "canaries"]
     spent = target.spent or dict.fromkeys(SPENT)
+    model = target.model
     summary: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": target.config.name,
-        "model": {"path": str(target.path), "parameters": sum(p.numel() for p in target.model.parameters())},
+        "model": {"path": str(target.path), "parameters": parameter_count(model.config, model.vocab_size)},
         "step": target.step,
         **spent,
         "settings": auditor.settings.model_dump(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megafish.audit.continuation import continue_greedily
+from megafish.audit.continuation import score_and_continue
 from megafish.audit.extraction import Extraction
 from megafish.audit.losses import held_out, kept_and_dropped
 from megafish.audit.members import choose_members
@@ -22,7 +22,7 @@ from megafish.audit.trained_with import check_trained_with
 from megafish.config import AuditConfig, Config
 from megafish.data.corpus import Sample, SampleStream, SourceSpec, open_train, open_valid
 from megafish.data.loader import Batch, EvalLoader, make_batch
-from megafish.decode.generate import generate
+from megafish.decode.generate import Sampler, generate
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 from megafish.objective.goldfish import GoldfishMask
@@ -121,34 +121,22 @@ class Auditor:
         """Continue every passage of a set."""
         settings, probes = self.settings, each.probes
         prompts, suffixes = split_probes(probes, settings.prompt_tokens, settings.suffix_tokens)
-        texts = [prompt + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
-        scores = token_scores(
-            self.model,
-            texts,
-            batch_size=settings.batch_size,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            progress=self.progress,
-            processes=self.processes,
-        )
-        outputs = continue_greedily(
+        scores, outputs = score_and_continue(
             self.model,
             self.tokenizer,
             prompts,
             suffixes,
-            scores,
             batch_size=settings.batch_size,
+            sampler=Sampler(settings.temperature, settings.top_k, settings.top_p),
             progress=self.progress,
             processes=self.processes,
         )
         # Only a passage that is a whole document has its context, and so its mask, wherever it stands.
         dropped = [self._dropped(probe) if each.kind == "canaries" else None for probe in probes]
-        own = slice(-settings.suffix_tokens, None)
-        losses = [(-score.log_prob[own]).tolist() for score in scores]
-        correct = [score.correct[own].tolist() for score in scores]
+        losses = [(-score.log_prob).tolist() for score in scores]
+        correct = [score.correct.tolist() for score in scores]
         drawn = [score.sampled_log_prob for score in scores]
-        chances = [float(row[own].sum()) for row in drawn if row is not None]
+        chances = [float(row.sum()) for row in drawn if row is not None]
         hits = self._hits(prompts, suffixes)
         fields = zip(probes, prompts, suffixes, outputs, dropped, losses, correct, chances, hits, strict=True)
         return [Extraction(*each) for each in fields]

@@ -62,11 +62,7 @@ def token_scores(
     InputError for a text of fewer than 2 tokens and for ids outside the vocabulary.
     """
     sampler = None if temperature is None else Sampler(temperature, top_k, top_p)
-    for number, sequence in enumerate(sequences):
-        if len(sequence) < 2:
-            raise InputError(f"text {number} has {len(sequence)} tokens: a score needs at least 2")
-        if min(sequence) < 0 or max(sequence) >= model.vocab_size:
-            raise InputError(f"text {number} holds an id outside the vocabulary of {model.vocab_size}")
+    check_texts(sequences, model.vocab_size)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found: list[TokenScores | None] = [None] * len(sequences)
     own = processes.own(batched(order, batch_size))
@@ -81,6 +77,15 @@ def token_scores(
     return [scores for scores in found if scores is not None]
 
 
+def check_texts(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse texts that cannot be scored (InputError)."""
+    for number, sequence in enumerate(sequences):
+        if len(sequence) < 2:
+            raise InputError(f"text {number} has {len(sequence)} tokens: a score needs at least 2")
+        if min(sequence) < 0 or max(sequence) >= vocab_size:
+            raise InputError(f"text {number} holds an id outside the vocabulary of {vocab_size}")
+
+
 def _score(
     texts: Sequence[Sequence[int]], model: Transformer, moments: bool, sampler: Sampler | None
 ) -> list[TokenScores]:
@@ -92,15 +97,29 @@ def _score(
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=weight.device)
     rows = torch.arange(len(inputs), device=weight.device)
     hidden = model.hidden_rows(inputs[None], rows, cu_seqlens=bounds, max_seqlen=max(lengths))
-    chunk = max(1, _LOGITS_BYTES // (4 * len(weight)))
+    return score_hidden(model, hidden, targets, lengths, moments=moments, sampler=sampler)
+
+
+def score_hidden(
+    model: Transformer,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    moments: bool = False,
+    sampler: Sampler | None = None,
+) -> list[TokenScores]:
+    """The scores of texts of so many tokens each, one behind the other: targets int64 [n], hidden [n, D] the final
+    hidden states that predict them."""
+    chunk = max(1, _LOGITS_BYTES // (4 * len(model.head.weight)))
     parts = [
         _score_rows(hidden[i : i + chunk], targets[i : i + chunk], model, moments, sampler)
-        for i in range(0, len(inputs), chunk)
+        for i in range(0, len(targets), chunk)
     ]
     columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
     ends = np.cumsum(lengths)
     cut = {name: np.split(values, ends[:-1]) for name, values in columns.items()}
-    return [TokenScores(**{name: values[i] for name, values in cut.items()}) for i in range(len(texts))]
+    return [TokenScores(**{name: values[i] for name, values in cut.items()}) for i in range(len(lengths))]
 
 
 def _score_rows(

@@ -12,7 +12,7 @@ import torch
 
 from megafish.config import Config, lay_over, parse_settings, validated
 from megafish.data.tokenizer import Tokenizer
-from megafish.decode.generate import for_decoding
+from megafish.decode.packed import for_decoding
 from megafish.errors import InputError
 from megafish.huggingface.importer import Described, load_model
 from megafish.model.load import STATE, checkpoint_of, load_run

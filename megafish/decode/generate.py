@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -65,24 +65,10 @@ def generate(
     own = processes.own(batched(order, batch_size))
     with track(sum(map(len, own)), "generate", "prompt", enabled=progress) as bar:
         for rows in own:
-            generate_batch(stepper, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
+            logits = stepper.begin([prompts[i] for i in rows], max(limits[i] for i in rows))
+            generate_batch(stepper, logits, prompts, rows, limits, sampler, ending, seed, results, bar, memfree)
     processes.complete(results, chain(*own))
     return results
-
-
-@torch.no_grad()
-def for_decoding(model: Transformer) -> Transformer:
-    """Lay the matrices of a model that is only used for decoding out in the order that makes that fast; returns it.
-
-    A step of decoding multiplies a row a prompt by each matrix. For fp32 on a CPU and fewer than 64 rows, MKL takes two
-    to three times as long where the matrix has its rows one behind the other, as it is trained and stored; with its
-    columns so, the values are the same ones and the results as good. Not for a model that an optimizer holds, whose
-    buffers are its matrices.
-    """
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.t().contiguous().t()
-    return model
 
 
 def generate_text(
@@ -228,9 +214,10 @@ class Ending:
 
 def generate_batch(
     stepper: Stepper,
+    logits: torch.Tensor,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
-    limits: Sequence[int],
+    limits: Sequence[int] | Mapping[int, int],
     sampler: Sampler,
     ending: Ending,
     seed: int,
@@ -238,14 +225,14 @@ def generate_batch(
     bar: Track,
     memfree: MemFree | None = None,
 ) -> None:
-    """Continue the prompts `rows`, which fit one batch, by at most `limits` tokens (one a prompt) into `results`."""
+    """Continue the prompts `rows`, which the stepper has read and whose next tokens have these logits, by at most
+    `limits` tokens (one a prompt), each behind what `results` holds of it."""
     device, vocab_size = stepper.device, stepper.model.vocab_size
     # All random numbers of a prompt come from its own stream, drawn ahead, so that its neighbours cannot shift them.
     most = max(limits[i] for i in rows)
     uniform = torch.from_numpy(
         np.stack([np.random.Generator(np.random.Philox([seed, i])).random(most) for i in rows])
     ).to(device)
-    logits = stepper.begin([prompts[i] for i in rows], most)
     active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
     context = None if memfree is None else Context(memfree.filter, [prompts[i] for i in rows])
     for count in range(most):

@@ -31,7 +31,7 @@ class _Recorded:
 
 
 class Stepper:
-    """Continues one batch of prompts after the other; every call to `begin` forgets the batch before.
+    """Continues one batch of prompts after the other; every call to `begin` or `adopt` forgets the batch before.
 
     For a whole model without a mesh, under torch.inference_mode or no_grad throughout. On a GPU it rounds the number of
     rows up to a power of two, the others being idle, and keeps a cache and a graph for each: together at most about
@@ -61,12 +61,23 @@ class Stepper:
         self._now.cache.expect(torch.tensor(lengths))
         return self._logits(self._now.cache, tokens.to(self.device))[: self._rows]
 
+    def adopt(self, caches: Sequence[KVCache], new: int) -> None:
+        """Go on from caches that were filled elsewhere, the rows of one behind those of the other, to which up to `new`
+        tokens will be added; what they hold is copied."""
+        self._rows, self._room, self._now = sum(len(cache.lengths) for cache in caches), new, None
+        self._now = self._take(self._padded(self._rows), max(cache.used for cache in caches) + new)
+        self._now.cache.clear()
+        first = 0
+        for cache in caches:
+            self._now.cache.load(cache, torch.arange(len(cache.lengths), device=self.device), first)
+            first += len(cache.lengths)
+
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
         """Add a token to each row, int64 [b]: logits fp32 [b, 1, padded vocabulary] of the next one, which the step
         after it may overwrite."""
         now = self._now
         if now is None or self._room < 1:
-            raise ValueError("more tokens than `begin` was asked to hold")
+            raise ValueError("more tokens than `begin` or `adopt` was asked to hold")
         self._room -= 1
         cache = now.cache
         idle = len(cache.lengths) - self._rows

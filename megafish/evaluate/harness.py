@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, make_table
 
 from megafish import __version__
+from megafish.decode.packed import for_decoding
 from megafish.errors import InputError
 from megafish.evaluate.lm import RunLM
+from megafish.model.flops import parameter_count
 from megafish.model.load import checkpoint_of, load_run
 from megafish.processes import Processes, device_of, joined_processes, together
 from megafish.run import RunDir, write_atomic
@@ -87,6 +89,7 @@ def evaluate_run(
         run, folder = together(lambda: _found(path, step, output))
         chosen = together(lambda: load_tasks(tasks, task_files, num_fewshot))
         loaded = together(lambda: load_run(path, step, place))
+        loaded = replace(loaded, model=for_decoding(loaded.model))
         lm = RunLM(loaded, batch_size=batch_size, processes=processes, progress=progress)
         found = _evaluate(lm, chosen, limit, processes)
     if not processes.is_main:
@@ -100,7 +103,7 @@ def evaluate_run(
             "model_args": {"run": str(run.path), "step": loaded.step},
             "checkpoint": str(folder),
             "step": loaded.step,
-            "model_num_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+            "model_num_parameters": parameter_count(loaded.model.config, loaded.model.vocab_size),
             "model_dtype": str(loaded.model.embedding.weight.dtype),
             "max_length": lm.max_length,
             "tokenizer_sha256": loaded.tokenizer.sha256,

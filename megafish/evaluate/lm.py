@@ -244,7 +244,8 @@ class RunLM(TemplateLM):
         sampler = Sampler(chosen.temperature, chosen.top_k, chosen.top_p)
         ending = _Until(self._decoder, chosen.until)
         limits = [chosen.max_new_tokens] * len(prompts)
-        generate_batch(stepper, prompts, rows, limits, sampler, ending, 0, results, bar)
+        logits = stepper.begin([prompts[i] for i in rows], chosen.max_new_tokens)
+        generate_batch(stepper, logits, prompts, rows, limits, sampler, ending, 0, results, bar)
 
     def _text(self, tokens: list[int], chosen: Generation) -> str:
         text: str = postprocess_generated_text(self._decoder.decode(tokens), list(chosen.until), None)

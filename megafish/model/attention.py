@@ -101,30 +101,45 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: L
     return _sdpa(query, key, value, where.mask, causal=where.mask is None)
 
 
-def attend_cached(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, window: int | None
-) -> torch.Tensor:
-    """Attention of new tokens over a cache: query [b, n, H, head_dim] at positions int64 [b, n]; key, value [b, H_kv,
-    L, head_dim].
+@dataclass(frozen=True)
+class Cached:
+    """Where the new tokens of a pass over a cache stand, and what they see: made once by `cached` for all blocks."""
 
-    A query sees the cache entries up to and including its own position; later ones may hold anything finite.
+    rows: torch.Tensor
+    """int64 [b, 1], numbers of the rows."""
+    positions: torch.Tensor
+    """int64 [b, n]."""
+    mask: torch.Tensor
+    """Additive, [b, 1, n, L]."""
+
+
+def cached(positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> Cached:
+    """New tokens at positions int64 [b, n] over the first `length` entries of a cache.
+
+    A query sees the entries up to and including its own position; later ones may hold anything finite.
     """
-    distance = positions[:, :, None] - torch.arange(key.shape[2], device=key.device)
+    distance = positions[:, :, None] - torch.arange(length, device=positions.device)
     allowed = distance >= 0
     if window is not None:
         allowed = allowed & (distance < window)
-    mask = _additive(allowed[:, None], query.dtype)
-    if query.shape[1] == 1 and query.device.type == "cpu" and query.dtype != torch.float32:
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    return Cached(rows, positions, _additive(allowed[:, None], dtype))
+
+
+def attend_cached(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of new tokens over a cache: query [b, n, H, head_dim]; key, value [b, H_kv, L, head_dim]; mask [b, 1,
+    n, L], additive."""
+    if query.shape[1] == 1 and query.device.type == "cpu":
         return one_token(query, key, value, mask)
     return _sdpa(query, key.transpose(1, 2), value.transpose(1, 2), mask, causal=False)
 
 
 def one_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """attend_cached for one token a row in half precision on a CPU, as two batched products: query [b, 1, H, head_dim],
-    mask [b, 1, 1, L].
+    """attend_cached for one token a row on a CPU, as two batched products: mask [b, 1, 1, L].
 
-    torch's kernel for the CPU is made for many queries; for a single one in bf16 it takes 1.3 to 1.5 times as long with
-    80 tokens, 4.5 times with 512 and grouped heads (benchmarks/audit.py). In fp32 it is the faster way.
+    torch's kernel for the CPU is made for many queries. For a single one over keys and values that are contiguous it
+    takes about twice as long in fp32 (as long with 512 tokens and grouped heads), four times in bf16, and 13 times with
+    grouped heads (benchmarks/audit.py).
     """
     batch, kv_heads, length, head_dim = key.shape
     q = (query * head_dim**-0.5).reshape(batch * kv_heads, -1, head_dim)

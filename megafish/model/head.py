@@ -75,6 +75,8 @@ class LossHead(nn.Module):
     def __init__(self, weight: nn.Parameter, vocab_size: int, loss: LossConfig, tensor: Axis) -> None:
         super().__init__()
         self.weight = weight
+        # The weight once more in another layout, for logits (decode.packed).
+        self.packed: nn.Module | None = None
         self.parallel: dict[str, Any] = {}
         if tensor.size > 1:
             self.parallel = {"group": tensor.group, "vocab_start": first_id(weight), "sequence_sharded": True}
@@ -101,7 +103,7 @@ class LossHead(nn.Module):
         """
         if targets is None:
             assert not self.parallel
-            return F.linear(hidden, self.weight).float()
+            return (self.packed(hidden) if self.packed else F.linear(hidden, self.weight)).float()
         if contrast is not None:
             return self._corrected(hidden.flatten(0, -2), targets.flatten(), denominator, contrast)
         if targets.ndim == hidden.ndim:

@@ -17,7 +17,7 @@ from megafish.config import LossConfig, ModelConfig
 from megafish.data.loader import IGNORE
 from megafish.data.patches import ABSENT
 from megafish.errors import InputError
-from megafish.model.attention import Layout, attend, attend_cached, layout
+from megafish.model.attention import Cached, Layout, attend, attend_cached, cached, layout
 from megafish.model.flops import padded_vocab_size
 from megafish.model.head import Contrast, LossHead, LossOutput, Teacher, TeacherLosses, TokenLosses
 from megafish.model.mesh import Axis, Mesh
@@ -112,9 +112,12 @@ class KVCache:
     A forward pass with n new tokens a row appends them after each row's length. Rows may be padded on the right: call
     `expect(counts)` before, and only counts[i] of row i's n tokens are counted (the rest is overwritten later).
 
-    whole: in a pass of one token attention reads all of the cache, whatever is filled of it, and nothing is counted on
-    the host, so that all such passes do the same on the device (for CUDA graphs). Passes of several tokens are for an
-    empty cache then, and whoever calls takes care not to fill it too far.
+    In a pass of one token attention reads all the memory there is, whatever is filled of it, because products of slices
+    would copy them first; so memory grows with the rows, by a quarter at a time.
+
+    whole: all memory is there from the start and nothing is counted on the host, so that all passes of one token do the
+    same on the device (for CUDA graphs). Passes of several tokens are for an empty cache then, and whoever calls takes
+    care not to fill it too far.
     """
 
     def __init__(
@@ -128,7 +131,8 @@ class KVCache:
         whole: bool = False,
     ) -> None:
         # Tokens behind heads: what attention reads of a head lies together.
-        shape = (config.num_layers, batch, config.resolved_kv_heads, capacity, config.resolved_head_dim)
+        room = capacity if whole else 0
+        shape = (config.num_layers, batch, config.resolved_kv_heads, room, config.resolved_head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -149,21 +153,34 @@ class KVCache:
         self.counts = counts.to(self.lengths)
 
     def positions(self, new: int) -> torch.Tensor:
-        """Positions of the next `new` tokens of each row, int64 [batch, new]."""
-        if not self.whole and self.used + new > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens a row, {self.used + new} are needed")
+        """Positions of the next `new` tokens of each row, int64 [batch, new], for which there is room then."""
+        if not self.whole:
+            self._hold(self.used + new)
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
+    def _hold(self, tokens: int) -> None:
+        """Have memory for so many tokens a row."""
+        if tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row, {tokens} are needed")
+        missing = tokens - self.keys.shape[3]
+        if missing > 0:
+            added = min(missing + tokens // 4, missing + self.capacity - tokens)
+            self.keys, self.values = (
+                torch.nn.functional.pad(each, (0, 0, 0, added)) for each in (self.keys, self.values)
+            )
+
+    def seen(self, new: int) -> int:
+        """Tokens of a row that attention reads in a pass of `new` ones."""
+        return self.keys.shape[3] if new == 1 else self.used + new
+
     def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, where: Cached
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [batch, n, H_kv, head_dim] at positions [batch, n]; return all that is filled so far
-        (with `whole` see there), [batch, H_kv, L, head_dim]."""
-        rows = torch.arange(key.shape[0], device=key.device)[:, None]
-        filled = self.capacity if self.whole and key.shape[1] == 1 else self.used + key.shape[1]
-        self.keys[layer][rows, :, positions] = key
-        self.values[layer][rows, :, positions] = value
-        return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+        """Store key and value [batch, n, H_kv, head_dim]; return what attention reads, [batch, H_kv, L, head_dim]."""
+        self.keys[layer][where.rows, :, where.positions] = key
+        self.values[layer][where.rows, :, where.positions] = value
+        length = where.mask.shape[-1]
+        return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
 
     def advance(self, new: int) -> torch.Tensor:
         """Count the tokens just stored; returns the index of each row's last real one among them, int64 [batch]."""
@@ -174,17 +191,28 @@ class KVCache:
             self.used += new
         return counts - 1
 
+    def rewind(self, lengths: torch.Tensor) -> None:
+        """Forget what is behind the first `lengths` tokens of each row, int64 [batch]."""
+        self.lengths.copy_(lengths)
+        self.used = int(lengths.max())
+
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows (int64 indices), in this order. Not with `whole`, whose tensors stay the same ones."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
         self.used = int(self.lengths.max())
 
-    def load(self, other: KVCache, rows: torch.Tensor) -> None:
-        """Become a copy of these rows (int64 indices) of a cache that is no larger, which may be this one itself."""
-        self.keys[:, :, :, : other.capacity] = other.keys[:, rows]
-        self.values[:, :, :, : other.capacity] = other.values[:, rows]
-        self.lengths.copy_(other.lengths[rows])
+    def load(self, other: KVCache, rows: torch.Tensor, at: int = 0) -> None:
+        """Make the rows from `at` on copies of these rows (int64 indices) of another cache, whose tokens must fit in,
+        or of this one itself."""
+        here = slice(at, at + len(rows))
+        filled = other.capacity if other.whole else other.used
+        if not self.whole:
+            self._hold(filled)
+            self.used = max(self.used, filled)
+        self.keys[:, here, :, :filled] = other.keys[:, rows, :, :filled]
+        self.values[:, here, :, :filled] = other.values[:, rows, :, :filled]
+        self.lengths[here] = other.lengths[rows]
 
 
 class Step(NamedTuple):
@@ -193,9 +221,8 @@ class Step(NamedTuple):
     shape: tuple[int, int]
     cos: torch.Tensor
     sin: torch.Tensor
-    where: Layout | None
+    where: Layout | Cached
     cache: KVCache | None = None
-    positions: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -207,7 +234,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, init: Initializer, sequence: Axis) -> None:
         super().__init__()
         self.layer = layer
-        self.window = config.sliding_window
         self.head_dim = config.resolved_head_dim
         self.sequence = sequence
         degree = init.tensor.size
@@ -244,12 +270,11 @@ class Attention(nn.Module):
         else:
             query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
             query, key = rotary(self.q_norm(query), self.k_norm(key), step.cos, step.sin, overwrite=True)
-        if step.cache is not None:
-            assert step.positions is not None
-            key, value = step.cache.append(self.layer, key, value, step.positions)
-            mixed = attend_cached(query, key, value, step.positions, self.window)
+        if isinstance(step.where, Cached):
+            assert step.cache is not None
+            key, value = step.cache.append(self.layer, key, value, step.where)
+            mixed = attend_cached(query, key, value, step.where.mask)
         else:
-            assert step.where is not None
             mixed = attend(*tokens_to_heads(query, key, value, self.sequence), step.where)
             mixed = heads_to_tokens(mixed, self.sequence)
         mixed = mixed.flatten(-2)
@@ -475,14 +500,23 @@ class Transformer(nn.Module):
         return out.view_as(targets) if per_token else out
 
     def hidden_rows(
-        self, tokens: torch.Tensor, rows: torch.Tensor, *, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Final hidden states, as the head takes them, of the given flat rows: [n, D]. Not with tensor parallelism."""
-        step = self._step((len(tokens), tokens.shape[1]), tokens.device, cu_seqlens, max_seqlen, None)
+        step = self._step((len(tokens), tokens.shape[1]), tokens.device, cu_seqlens, max_seqlen, cache)
         x = self.embedding(tokens)
         for block in self.blocks[:-1]:
             x = block(x, step)
-        return self.norm(self.blocks[-1](x, step, rows))
+        x = self.blocks[-1](x, step, rows)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
 
     def _patches(self, tokens: torch.Tensor, size: int) -> torch.Tensor:
         """Mean embedding of the tokens in each patch: [b, S] -> [b, S / size, D]."""
@@ -505,8 +539,9 @@ class Transformer(nn.Module):
             positions = cache.positions(length)
             if cache.rotary is None:
                 cache.rotary = self._rotary.get(cache.capacity, device)
-            cos, sin = cache.rotary
-            return Step((batch, length), cos[positions][:, :, None], sin[positions][:, :, None], None, cache, positions)
+            cos, sin = (table[positions][:, :, None] for table in cache.rotary)
+            window, dtype = self.config.sliding_window, self.norm.weight.dtype
+            return Step((batch, length), cos, sin, cached(positions, cache.seen(length), window, dtype), cache)
         # Places in the row serve as positions: rotary attention depends on differences alone, and no query sees a key
         # of another document, so counting anew in every document would give the same.
         sequence = self.mesh.sequence

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megafish.config import UnlearnConfig
-from megafish.decode.generate import for_decoding
+from megafish.decode.packed import for_decoding
 from megafish.model.load import LoadedRun
 from megafish.unlearn.choices import Question, accuracy, chosen
 from megafish.unlearn.figures import set_figures, utility
@@ -39,7 +39,7 @@ def examine(
     loaded: LoadedRun, exam: Exam, *, progress: bool = False
 ) -> tuple[dict[str, list[ItemScore]], dict[str, Any]]:
     """Every text of the sets as the model takes it, and the figures of each set, of all, and of other ways to ask."""
-    for_decoding(loaded.model)
+    loaded = replace(loaded, model=for_decoding(loaded.model))
     items = {name: _scored(loaded, exam, texts, progress=progress) for name, texts in exam.sets.items()}
     figures: dict[str, Any] = {name: set_figures(found) for name, found in items.items()}
     figures["utility"] = utility(items)

@@ -12,7 +12,7 @@ import torch
 
 from megafish.config import ModelConfig
 from megafish.data.tokenizer import Tokenizer, load_tokenizer
-from megafish.decode.generate import Ending, Sampler, for_decoding, generate, generate_text
+from megafish.decode.generate import Ending, Sampler, generate, generate_text
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
 
@@ -55,17 +55,6 @@ def test_seed_decides_the_draw(model: Transformer) -> None:
     )
     assert first == again
     assert first != other
-
-
-def test_the_layout_for_decoding_changes_no_value(model: Transformer) -> None:
-    other = Transformer(model.config, 90, seed=1)
-    before = {name: value.clone() for name, value in other.state_dict().items()}
-    assert for_decoding(other) is other and not other.head.weight.is_contiguous()
-    for name, value in other.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert generate(other, None, PROMPTS, max_new_tokens=10) == generate(model, None, PROMPTS, max_new_tokens=10)
-    tied = Transformer(model.config.model_copy(update={"tie_embeddings": True}), 90)
-    assert for_decoding(tied).head.weight is tied.embedding.weight
 
 
 def test_training_goes_on_after_decoding() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megafish.audit.continuation import score_and_continue
 from megafish.config import ModelConfig
 from megafish.decode.beam import beam_search
 from megafish.decode.generate import generate
@@ -103,6 +104,9 @@ def check_decoding(device: torch.device, dtype: torch.dtype) -> None:
     ]
     for way in ways:
         assert generate(model, None, prompts, **way) == generate(cpu, None, prompts, **way)
+    written = generate(cpu, None, prompts, max_new_tokens=9)
+    suffixes = [[*text[:i], *text[: 9 - i]] for i, text in enumerate(written)]  # left after i tokens or more
+    assert score_and_continue(model, None, prompts, suffixes, batch_size=3)[1] == written
     beams = [beam_search(each, None, prompts, beams=5, max_new_tokens=8, batch_size=3) for each in (model, cpu)]
     assert [[beam.tokens for beam in found] for found in beams[0]] == [
         [beam.tokens for beam in found] for found in beams[1]

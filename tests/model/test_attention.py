@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 
 from megafish.model import attention
 from megafish.model import block_attention as blocks
-from megafish.model.attention import Layout, attend, attend_cached, layout
+from megafish.model.attention import Layout, attend, attend_cached, cached, layout
 
 SHAPES = {
     "one document": (None, None, 2),
@@ -196,6 +196,8 @@ def test_cached_queries_see_up_to_themselves(
     q, k, v, _ = inputs(dtype, kv_heads)
     want = oracle(q.double(), k.double(), v.double(), None, 50).float()
     positions, rows = torch.tensor(at), torch.arange(2)[:, None]
-    got = attend_cached(q[rows, positions], k.transpose(1, 2), v.transpose(1, 2), positions, 50)
+    where = cached(positions, k.shape[1], 50, dtype)
+    assert torch.equal(where.rows, rows)
+    got = attend_cached(q[rows, positions], k.transpose(1, 2), v.transpose(1, 2), where.mask)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want[rows, positions], rtol=tolerance, atol=tolerance)

@@ -310,6 +310,30 @@ def test_cache_equals_the_whole_sequence() -> None:
                 last = model(ids.gather(1, at[:, None]), cache=cache, last_only=True)
 
 
+def test_memory_of_a_cache_grows_with_its_rows() -> None:
+    """By a quarter more than is needed, up to its capacity; what it holds stays."""
+    model = tiny()
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        cache = KVCache(model.config, 2, 40, device=torch.device("cpu"), dtype=torch.float32)
+        rooms, before = [], None
+        for start, end in ((0, 20), *((place, place + 1) for place in range(20, 40))):
+            model(ids[:, start:end], cache=cache)
+            rooms.append(cache.keys.shape[3])
+            assert before is None or torch.equal(cache.keys[:, :, :, :start], before)
+            before = cache.keys[:, :, :, :end].clone()
+        assert sorted(set(rooms)) == [25, 32, 40]
+        rest = KVCache(model.config, 3, 40, device=torch.device("cpu"), dtype=torch.float32)
+        cache.rewind(torch.tensor([7, 30]))
+        rest.load(cache, torch.tensor([1, 0, 1]))
+        assert rest.lengths.tolist() == [30, 7, 30] and rest.used == 30
+        assert torch.equal(rest.values[:, 0, :, :30], cache.values[:, 1, :, :30])
+        # Behind them stands what other texts have left; no token sees it.
+        last = model(ids[[1, 0, 1], [30, 7, 30], None], cache=rest, last_only=True)[:, 0]
+        for row, end in ((1, 31), (0, 8)):
+            torch.testing.assert_close(last[1 - row], model(ids[row : row + 1, :end])[0, -1], rtol=1e-5, atol=1e-4)
+
+
 def test_full_cache_is_refused() -> None:
     model = tiny()
     cache = KVCache(model.config, 1, 8, device=torch.device("cpu"), dtype=torch.float32)

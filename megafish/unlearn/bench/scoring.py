@@ -9,7 +9,7 @@ from typing import Any
 
 from megafish.config import UnlearnConfig
 from megafish.config_unlearn import RMU
-from megafish.decode.generate import for_decoding
+from megafish.decode.packed import for_decoding
 from megafish.model.load import LoadedRun, load_run
 from megafish.unlearn import slots
 from megafish.unlearn.bench.models import data_of, model_of
@@ -41,6 +41,7 @@ def make_exam(folder: Path, suite: Suite, seed: int) -> SuiteExam:
     """Read the sets, and let the retain model answer first."""
     files = data_of(folder, seed)
     retain, start = (load_run(model_of(folder, seed, name)) for name in (RETAIN, START))
+    retain = replace(retain, model=for_decoding(retain.model))
     settings = UnlearnConfig(model="before", method="ga", forget=[str(files / f"{suite.forget}.jsonl")])
 
     def texts(name: str, file: str) -> Texts:
@@ -62,7 +63,6 @@ def make_exam(folder: Path, suite: Suite, seed: int) -> SuiteExam:
         prefixes=PREFIXES,
         batch_size=BATCH,
     )
-    for_decoding(retain.model)
     known = score_items(retain, sets["forget"], exam.judge, exam.values, BATCH)
     return SuiteExam(exam, start, known, membership(retain, sets["forget"], holdout, BATCH))
 
