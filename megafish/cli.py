@@ -540,11 +540,12 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.html and its PNGs (default: the run, or ./report)")
     ] = None,
+    step: Annotated[int | None, typer.Option(help="Which audit to show (default: the latest of each run)")] = None,
 ) -> None:
     """Write a page with plots for one run, or for several side by side."""
     from megafish.audit.report import report as write_report
 
-    page = write_report(runs, output)
+    page = write_report(runs, output, step=step)
     print(f"next: open {page} in a browser")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megafish.audit.laws import by_size, cells, fitted, occurrences_law, prompt_law, size_law
+from megafish.audit.laws import by_size, cells, fitted, occurrences, occurrences_law, prompt_law, size_law
 from megafish.audit.panels import divergence_panel, memorization_panels
 from megafish.audit.plots import WARM, Panel, Series, short_number
 from megafish.audit.view import RunView
@@ -230,14 +230,14 @@ def _occurrences(runs: Sequence[RunView]) -> Panel | None:
                 continue
             label = each["name"] if len(runs) == 1 else run.name
             shade = _shade(run, number) if len(runs) == 1 else (run.masked, run.index)
-            series.append(_series([level["exposures"] for level in levels], levels, label, *shade))
+            series.append(_series([occurrences(level) for level in levels], levels, label, *shade))
             fits += fitted(occurrences_law(run, each), *shade)
     if not series:
         return None
     return Panel(
         "occurrences",
         "Passages of corpora, by occurrences",
-        "occurrences in the corpus, at least",
+        "occurrences in the corpus, mean of a bin",
         "passages [%]",
         series + fits,
         "Passages whose next tokens come out exactly (bars: Wilson 95 % interval"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Auditor:
             room = [len(probe.tokens) for probe in self.canaries]
             self.settings = _full(self.settings, min(room, default=longest(self.settings)))
         sets = [ProbeSet("canaries", "canaries", self.canaries)] if self.canaries else []
-        self.sets = sets + open_probes(self.settings, self.tokenizer, longest(self.settings))
+        self.sets = sets + open_probes(self.settings, self.tokenizer, longest(self.settings), self._epochs())
         self.notes += [note for each in self.sets for note in each.notes]
         if not self.sets and self.stream is None:
             raise InputError(
@@ -107,15 +108,19 @@ class Auditor:
 
     def _canaries(self) -> list[Probe]:
         """The canaries of every training corpus; empty where none were planted."""
-        if self.stream is None:
-            return []
-        known = self.target.spent is not None
-        epochs = self.stream.epochs(self.consumed)
+        epochs = self._epochs()
         return [
             probe
-            for spec, seen in zip(self.stream.sources, epochs, strict=True)
-            for probe in load_canaries(spec.corpus.path, seen if known else None)
+            for spec in ([] if self.stream is None else self.stream.sources)
+            for probe in load_canaries(spec.corpus.path, epochs.get(spec.corpus.path.resolve()))
         ]
+
+    def _epochs(self) -> dict[Path, float]:
+        """How often the model has read each training corpus, by its folder; empty where that is not known."""
+        if self.stream is None or self.target.spent is None:
+            return {}
+        epochs = self.stream.epochs(self.consumed)
+        return {spec.corpus.path.resolve(): seen for spec, seen in zip(self.stream.sources, epochs, strict=True)}
 
     def extract(self, each: ProbeSet) -> list[Extraction]:
         """Continue every passage of a set."""

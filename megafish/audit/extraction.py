@@ -128,7 +128,8 @@ def text_pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
 
 def effective_exposures(probe: Probe) -> float | None:
     """Times the model has read it, on average; None where that is not known."""
-    return None if probe.exposures is None or probe.epochs is None else probe.exposures * probe.epochs
+    copies = probe.exposures if probe.occurrences is None else probe.occurrences
+    return None if copies is None or probe.epochs is None else copies * probe.epochs
 
 
 def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def record(item: Extraction, tokenizer: Decoder) -> dict[str, Any]:
         "corpus": probe.corpus,
         "source": probe.source,
         "exposures": probe.exposures,
+        "occurrences": probe.occurrences,
         "effective_exposures": effective_exposures(probe),
         "exact_match": item.exact,
         "longest_common_prefix": item.prefix_length,

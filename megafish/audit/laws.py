@@ -50,8 +50,13 @@ def copies_law(run: RunView) -> Law:
 
 def occurrences_law(run: RunView, probes: dict[str, Any]) -> Law:
     """Passages of a set by occurrences in the corpus, where these are known."""
-    points = [(level["exposures"], level["exact_rate"]) for level in probes["levels"] if level["exposures"]]
+    points = [(occurrences(level), level["exact_rate"]) for level in probes["levels"] if level["exposures"]]
     return _law(run.name, f"occurrences in {probes['name']}", points)
+
+
+def occurrences(level: dict[str, Any]) -> float:
+    """Mean occurrences of the passages of a level (of an audit that did not count them: the least of its bin)."""
+    return float(level.get("occurrences") or level["exposures"])
 
 
 def prompt_law(run: RunView) -> Law:

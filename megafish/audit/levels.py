@@ -53,6 +53,7 @@ def _level(exposures: int | None, group: list[Extraction]) -> dict[str, Any]:
     losses = np.asarray([item.suffix_losses for item in group])
     seen = [effective_exposures(item.probe) for item in group]
     known = [value for value in seen if value is not None]
+    counted = [item.probe.occurrences for item in group if item.probe.occurrences is not None]
     rouge_low, rouge_high = mean_interval([item.rouge for item in group])
 
     def mean(score: Callable[[Extraction], float]) -> float:
@@ -60,6 +61,8 @@ def _level(exposures: int | None, group: list[Extraction]) -> dict[str, Any]:
 
     level: dict[str, Any] = {
         "exposures": exposures,
+        # Of a bin of passages drawn by duplication, whose exposures are the least of it.
+        "occurrences": float(np.mean(counted)) if counted else None,
         "effective_exposures": float(np.mean(known)) if known else None,
         "canaries": len(group),
         **rate("exact", [item.exact for item in group]),

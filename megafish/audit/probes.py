@@ -6,8 +6,8 @@ by its copies, a passage drawn by duplication by its occurrences; of others that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ class Probe:
     """Where the text came from."""
     epochs: float | None
     """Epochs of the corpus that the model has seen; None: not known."""
+    occurrences: int | None = None
+    """Of a passage drawn by duplication: how often it occurs in one epoch, where exposures say the least of its bin."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,16 @@ def split_probes(
     return prompts, suffixes
 
 
-def open_probes(settings: AuditConfig, tokenizer: Tokenizer, length: int) -> list[ProbeSet]:
-    """The sets that `audit.probes` names, passages of `length` tokens. Raises InputError."""
-    return [_open(Path(path), settings, tokenizer, length) for path in settings.probes]
+def open_probes(
+    settings: AuditConfig, tokenizer: Tokenizer, length: int, epochs: Mapping[Path, float]
+) -> list[ProbeSet]:
+    """The sets that `audit.probes` names, passages of `length` tokens. epochs: of the corpora the model was trained on,
+    by their resolved folders, as far as that is known. Raises InputError."""
+    found = [_open(Path(path), settings, tokenizer, length) for path in settings.probes]
+    for path, each in zip(settings.probes, found, strict=True):
+        seen = epochs.get(Path(path).resolve())
+        each.probes[:] = [replace(probe, epochs=seen) for probe in each.probes]
+    return found
 
 
 def _open(path: Path, settings: AuditConfig, tokenizer: Tokenizer, length: int) -> ProbeSet:
@@ -133,7 +142,7 @@ def _by_duplication(path: Path, corpus: Corpus, settings: AuditConfig, length: i
         least = bin_bounds(duplicate_bin(found.count))[0]
         tokens = np.asarray(corpus.data.tokens[found.start : found.start + length], np.int64)
         source = f"document {found.document}, {found.count} times"
-        probes.append(Probe(len(probes), least, tokens, str(path), source, None))
+        probes.append(Probe(len(probes), least, tokens, str(path), source, None, found.count))
     return ProbeSet(path.name, "corpus", probes)
 
 

@@ -44,14 +44,15 @@ class Missing:
     command: str
 
 
-def report(paths: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def report(paths: Sequence[str | Path], output: str | Path | None = None, *, step: int | None = None) -> Path:
     """Write `output`/report.html, with its plots as PNG in `output`/plots, and return the path of the page.
 
     The page is one file without references: images and style stand inside it. `output` is by default the run's own
     directory for one run and ./report for several. Parts that a run lacks (canaries, validation, an audit) are named
-    on the page together with the command that makes them. Raises InputError for a path that is not a run.
+    on the page together with the command that makes them. `step`: the audit of this step is shown, by default the
+    latest of each run. Raises InputError for a path that is not a run, and for one without an audit of the step.
     """
-    runs = load_views(paths)
+    runs = load_views(paths, step)
     folder = Path(output) if output is not None else runs[0].path if len(runs) == 1 else Path("report")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)

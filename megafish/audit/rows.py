@@ -167,8 +167,9 @@ def probe_rows(extraction: dict[str, Any]) -> list[Row]:
     """Extraction of passages other than canaries, by occurrences."""
     return [
         Row(
-            "not known" if level["exposures"] is None else f"{level['exposures']} and more",
+            _occurrences(level),
             [
+                Cell(_rounded(level["effective_exposures"])),
                 Cell(str(level["canaries"])),
                 Cell(f"{level['exact_matches']} ({percent(level['exact_rate'])})"),
                 Cell(f"{percent(level['exact_low'])} to {percent(level['exact_high'])}"),
@@ -179,6 +180,13 @@ def probe_rows(extraction: dict[str, Any]) -> list[Row]:
         )
         for level in extraction["levels"]
     ]
+
+
+def _occurrences(level: dict[str, Any]) -> str:
+    least, mean = level["exposures"], level.get("occurrences")
+    if least is None:
+        return "not known"
+    return str(least) if mean == least else f"{least} and more" + (f", mean {mean:.1f}" if mean else "")
 
 
 def membership_rows(run: RunView) -> list[Row]:

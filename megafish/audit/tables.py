@@ -36,7 +36,10 @@ def _sets(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _copies(level: dict[str, Any]) -> str:
-    return "?" if level["exposures"] is None else str(level["exposures"])
+    if level["exposures"] is None:
+        return "?"
+    mean = level.get("occurrences")
+    return str(level["exposures"]) if mean in (None, level["exposures"]) else f"{level['exposures']}+"
 
 
 def _extraction(title: str, extraction: dict[str, Any], summary: dict[str, Any]) -> Table:
@@ -44,8 +47,9 @@ def _extraction(title: str, extraction: dict[str, Any], summary: dict[str, Any])
     table = _table(
         f"{title} ({settings['prompt_tokens']} tokens given, {settings['suffix_tokens']} asked for)",
         ["copies", "seen", "passages", "exact", "95 %", "LCP", "ROUGE-L", "loss"],
-        "copies: in the corpus, 0 is the control group; seen: copies x epochs; exact: word for word, with Wilson's "
-        "interval; LCP: tokens before the first error; ROUGE-L: F1 on token ids; loss: of the true text",
+        "copies: in the corpus, 0 is the control group, n+ a bin from n copies on; seen: copies x epochs; exact: word "
+        "for word, with Wilson's interval; LCP: tokens before the first error; ROUGE-L: F1 on token ids; "
+        "loss: of the true text",
     )
     for level in extraction["levels"]:
         seen = level["effective_exposures"]

@@ -92,14 +92,15 @@ class RunView:
         return self.last("valid", {"loss": "valid_loss", "bits_per_byte": "valid_bpb"}[key])
 
 
-def load_views(paths: Sequence[str | Path]) -> list[RunView]:
-    """The runs at `paths`, in order, with names that differ. Raises InputError for a path that is not a run."""
+def load_views(paths: Sequence[str | Path], step: int | None = None) -> list[RunView]:
+    """The runs at `paths`, in order, with names that differ, and with their audits up to that of `step`, by default all
+    of them. Raises InputError for a path that is not a run, and for one without an audit of the step."""
     runs = [RunDir.existing(path) for path in paths]
     configs = [run.load_config() for run in runs]
     names = _distinct([config.name for config in configs], [run.path for run in runs])
     views: list[RunView] = []
     for run, config, name in zip(runs, configs, names, strict=True):
-        folders = audit_folders(run)
+        folders = _up_to(step, run, audit_folders(run))
         audits = [_read_summary(run, folder) for folder in folders]
         samples = read_lines(folders[-1] / "extraction.jsonl") if folders else []
         metrics: dict[str, list[dict[str, Any]]] = {}
@@ -138,13 +139,29 @@ def audit_folders(run: RunDir) -> list[Path]:
     return [folder for folder in folders if (folder / "summary.json").is_file()]
 
 
+def _up_to(step: int | None, run: RunDir, folders: list[Path]) -> list[Path]:
+    if step is None:
+        return folders
+    steps = [_step_of(folder) for folder in folders]
+    if step not in steps:
+        raise InputError(
+            f"{run.path}: no audit of step {step}: there are those of {', '.join(map(str, steps)) or 'none'} "
+            f"(megafish audit {run.path} --step {step})"
+        )
+    return folders[: steps.index(step) + 1]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _read_summary(run: RunDir, folder: Path) -> dict[str, Any]:
     file = folder / "summary.json"
     summary = read_json(file)
     if (summary.get("format"), summary.get("version")) != (FORMAT, VERSION):
         raise InputError(
             f"{file}: {summary.get('format')} version {summary.get('version')}, this program reads {FORMAT} version "
-            f"{VERSION}: audit again (megafish audit {run.path} --step {int(folder.name.removeprefix('step_'))})"
+            f"{VERSION}: audit again (megafish audit {run.path} --step {_step_of(folder)})"
         )
     return summary
 

@@ -1,10 +1,9 @@
 """The matrices of a model that only decodes, as oneDNN wants them on a CPU.
 
 A step of decoding multiplies one row a prompt by each matrix: 32 rows, say, by 1408 x 256. For so few rows MKL, which
-torch calls for fp32, takes up to twice as long as oneDNN with a matrix that was laid out in blocks once and for all
-(fp32: 57 against 90 GFLOP/s at 8192 x 256 on one core of an AMD EPYC with AVX-512); in bf16, where torch calls oneDNN
-with the plain matrix, up to 1.5 times. torch's compiler does the same to the weights of frozen models, with the same
-operators.
+torch calls for fp32, takes two to three times as long as oneDNN with a matrix that was laid out in blocks once and for
+all; in bf16, where torch calls oneDNN with the plain matrix, it takes 1.5 to 1.9 times (benchmarks/audit.py; two cores
+of an AMD EPYC with AVX-512). torch's compiler does the same to the weights of frozen models, with the same operators.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def one_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     """attend_cached for one token a row on a CPU, as two batched products: mask [b, 1, 1, L].
 
     torch's kernel for the CPU is made for many queries. For a single one over keys and values that are contiguous it
-    takes about twice as long in fp32 (as long with 512 tokens and grouped heads), four times in bf16, and 13 times with
-    grouped heads (benchmarks/audit.py).
+    takes about 1.5 times as long in fp32 (as long with 512 tokens and grouped heads), two to three times in bf16, and
+    ten times with grouped heads (benchmarks/audit.py).
     """
     batch, kv_heads, length, head_dim = key.shape
     q = (query * head_dim**-0.5).reshape(batch * kv_heads, -1, head_dim)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,17 @@ def test_divergence_is_over_the_more_exposed_half_of_the_levels() -> None:
     assert (divergence["least_exposures"], divergence["canaries"], divergence["rate"]) == (4, 2, 1.0)
     assert (divergence["low"], divergence["high"]) == wilson_interval(2, 2)
     assert summarize([extraction([0, 0, 0, 0], dropped, 0)])["divergence"] is None
+
+
+def test_a_bin_of_occurrences_has_their_mean() -> None:
+    items = [extraction([104, 0, 0, 0], exposures=4) for _ in range(3)]
+    assert summarize(items)["levels"][0]["occurrences"] is None
+    counted = [
+        replace(item, probe=replace(item.probe, occurrences=n)) for item, n in zip(items, (4, 4, 7), strict=True)
+    ]
+    [level] = summarize(counted)["levels"]
+    assert level["exposures"] == 4 and level["occurrences"] == 5.0
+    assert level["effective_exposures"] == pytest.approx(5.0 * (items[0].probe.epochs or 0))
 
 
 def test_summarize_without_a_fixed_mask() -> None:

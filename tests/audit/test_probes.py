@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megafish.audit.extraction import effective_exposures
 from megafish.audit.probes import load_canaries, longest, open_probes, split_probes
 from megafish.config import AuditConfig
 from megafish.data.corpus import Corpus
@@ -82,16 +83,16 @@ def test_passages_of_a_corpus(corpus: Path) -> None:
     """Each lies inside one document, without the token that ends it, and is there."""
     tokenizer = load_tokenizer(corpus / "tokenizer.model")
     asked = settings(probes=[str(corpus)], probe_count=20)
-    [found] = open_probes(asked, tokenizer, 10)
+    [found] = open_probes(asked, tokenizer, 10, {})
     assert found.kind == "corpus" and found.name == "corpus" and len(found.probes) == 20 and not found.notes
     tokens = np.asarray(Corpus(corpus).data.tokens)
     everywhere = {tuple(tokens[i : i + 10].tolist()) for i in range(len(tokens) - 9)}
     for one in found.probes:
         assert tuple(one.tokens.tolist()) in everywhere and one.exposures is None
         assert tokenizer.eos_id not in one.tokens
-    [again] = open_probes(asked, tokenizer, 10)
+    [again] = open_probes(asked, tokenizer, 10, {})
     assert [a.tokens.tolist() for a in again.probes] == [b.tokens.tolist() for b in found.probes]
-    [other] = open_probes(settings(probes=[str(corpus)], probe_count=20, seed=1), tokenizer, 10)
+    [other] = open_probes(settings(probes=[str(corpus)], probe_count=20, seed=1), tokenizer, 10, {})
     assert [a.tokens.tolist() for a in other.probes] != [b.tokens.tolist() for b in found.probes]
 
 
@@ -99,13 +100,16 @@ def test_passages_by_duplication(corpus: Path) -> None:
     """Of a corpus whose canaries stand in it 1 and 12 times."""
     tokenizer = load_tokenizer(corpus / "tokenizer.model")
     asked = settings(probes=[str(corpus)], probe_count=5, probe_choice="duplicates")
-    [found] = open_probes(asked, tokenizer, 10)
+    [found] = open_probes(asked, tokenizer, 10, {corpus.resolve(): 2.5})
     tokens = Corpus(corpus).data.tokens.astype(np.int64).tobytes()
     assert {1, 12} <= {one.exposures for one in found.probes}
     for one in found.probes:
         # The least number of the bin that the count lies in: bins are 2^(1/4) wide, so below 20 % apart.
         count = tokens.count(one.tokens.astype(np.int64).tobytes())
         assert one.exposures is not None and one.exposures <= count < 1.2 * one.exposures + 1
+        assert one.occurrences == count and effective_exposures(one) == 2.5 * count
+    [elsewhere] = open_probes(asked, tokenizer, 10, {corpus.parent.resolve(): 2.5})
+    assert {effective_exposures(one) for one in elsewhere.probes} == {None}
 
 
 def test_passages_of_text_files(tmp_path: Path, corpus: Path) -> None:
@@ -114,7 +118,7 @@ def test_passages_of_text_files(tmp_path: Path, corpus: Path) -> None:
     file.write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("abc def ghi jkl mno", "a", "ponm lkji hgf"))
     )
-    [found] = open_probes(settings(probes=[str(file)]), tokenizer, 10)
+    [found] = open_probes(settings(probes=[str(file)]), tokenizer, 10, {})
     assert found.kind == "text" and [tokenizer.decode(one.tokens) for one in found.probes] == [
         tokenizer.decode(tokenizer.encode(text)[:10]) for text in ("abc def ghi jkl mno", "ponm lkji hgf")
     ]
@@ -137,9 +141,9 @@ def test_passages_that_are_not_there(
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=message):
-        open_probes(settings(probes=[str(file)], **values), load_tokenizer(corpus / "tokenizer.model"), 10)
+        open_probes(settings(probes=[str(file)], **values), load_tokenizer(corpus / "tokenizer.model"), 10, {})
 
 
 def test_documents_too_short_for_a_passage(corpus: Path) -> None:
     with pytest.raises(InputError, match="has no document of 5000 tokens"):
-        open_probes(settings(probes=[str(corpus)]), load_tokenizer(corpus / "tokenizer.model"), 5000)
+        open_probes(settings(probes=[str(corpus)]), load_tokenizer(corpus / "tokenizer.model"), 5000, {})

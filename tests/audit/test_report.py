@@ -19,7 +19,7 @@ from megafish.audit.membership import attack
 from megafish.audit.panels import memorization_panels
 from megafish.audit.probes import Probe
 from megafish.audit.report import _tiles, findings, missing, report, unlike_audits
-from megafish.audit.rows import comparison, membership_reasons, membership_rows, settings_rows
+from megafish.audit.rows import comparison, membership_reasons, membership_rows, probe_rows, settings_rows
 from megafish.audit.samples import choose_samples
 from megafish.audit.verdict import verdict
 from megafish.audit.view import FORMAT, VERSION, load_views, read_lines
@@ -550,6 +550,45 @@ def test_passages_of_other_sets(tmp_path: Path) -> None:
     law = next(law for law in laws([view]) if law.against == "occurrences in books")
     assert law.fit is not None and law.fit.slope == pytest.approx(1 / 3) and fit.fit
     assert list(fit.y) == pytest.approx([0, 1 / 3, 2 / 3])
+
+
+def test_bins_of_occurrences_stand_at_their_mean(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+
+    def add(summary: dict[str, Any]) -> None:
+        level = summary["extraction"]["levels"][-1]
+        means, rates = (1.0, 10.0, 1000.0), [rate("exact", [True] * n + [False] * (3 - n)) for n in (0, 1, 3)]
+        known = [
+            {**level, "exposures": least, "occurrences": mean, "effective_exposures": 2 * mean, **share}
+            for least, mean, share in zip((1, 8, 900), means, rates, strict=True)
+        ]
+        summary["probes"] = [{"name": "books", "kind": "corpus", "levels": known, "divergence": None, "canaries": 9}]
+
+    change_summary(run, 120, add)
+    [view] = load_views([run])
+    assert view.summary is not None
+    rows = probe_rows(view.summary["probes"][0])
+    assert [row.label for row in rows] == ["1", "8 and more, mean 10.0", "900 and more, mean 1000.0"]
+    assert [row.cells[0].text for row in rows] == ["2", "20", "2000"]
+    law = next(law for law in laws([view]) if law.against == "occurrences in books")
+    assert law.x == [1, 10, 1000] and law.fit is not None and law.fit.slope == pytest.approx(1 / 3)
+    [panel] = [panel for panel in audit_panels([view]) if panel.name == "occurrences"]
+    assert list(panel.series[0].x) == [1, 10, 1000]
+
+
+def test_the_audit_of_a_step(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+    early, late = (load_views([run], step)[0] for step in (60, None))
+    assert (early.summary or {})["step"] == 60 and (late.summary or {})["step"] == 120
+    assert [audit["step"] for audit in late.audits] == [60, 120] and len(early.audits) == 1
+    assert (
+        json.loads((report([run], tmp_path / "page", step=60).parent / "report.json").read_text())["runs"][0]["audit"]
+        == early.summary
+    )
+    with pytest.raises(
+        InputError, match=r"no audit of step 90: there are those of 60, 120 \(megafish audit .* --step 90"
+    ):
+        load_views([run], 90)
 
 
 @pytest.mark.usefixtures("undrawn")
