@@ -30,6 +30,7 @@ from megafish.decode.build_filter import build_filter
 from megafish.decode.generate import generate
 from megafish.decode.memfree import MemFree
 from megafish.decode.ngram_filter import NgramFilter, theory
+from megafish.decode.packed import for_decoding
 from megafish.demo import run_demo
 from megafish.model.load import LoadedRun, load_run
 
@@ -55,7 +56,10 @@ def filter_of_random_ngrams(folder: Path, ngrams: int, tokenizer: Tokenizer) -> 
         started = time.perf_counter()
         built = build_filter([folder / "random"], folder / "filter", tokenizer=tokenizer, workers=workers)
         seconds[workers] = time.perf_counter() - started
-    size, least = (folder / "filter").stat().st_size, theory(built.header["ngrams"], RATE)[0] / 8
+    counts = (built.header["ngrams"], built.header["beginnings"]["ngrams"])
+    size, least = (folder / "filter").stat().st_size, sum(theory(count, RATE)[0] for count in counts) / 8
+    alone = built.header["parts"] * built.header["part_bits"] / 8
+    alone_least = theory(counts[0], RATE)[0] / 8
     members = np.lib.stride_tricks.sliding_window_view(tokens, N)[random.integers(0, ngrams, LOOKUPS)]
     # Ids of 50,000 and more are in none of them.
     others = random.integers(50_000, 65_000, (LOOKUPS, N))
@@ -66,8 +70,9 @@ def filter_of_random_ngrams(folder: Path, ngrams: int, tokenizer: Tokenizer) -> 
     false = float(built.contains(others).mean())
     other_lookup = time.perf_counter() - started
     rows = [
-        ["n-grams", f"{built.header['ngrams']:,}"],
-        ["size [MB], beside theory", f"{size / 1e6:.2f} ({size / least - 1:+.2%})"],
+        ["n-grams, beginnings", f"{counts[0]:,}, {counts[1]:,}"],
+        ["bits of the n-grams [MB], beside theory", f"{alone / 1e6:.2f} ({alone / alone_least - 1:+.2%})"],
+        ["whole file [MB], beside theory", f"{size / 1e6:.2f} ({size / least - 1:+.2%})"],
         [f"missed of {LOOKUPS:,} members", missed],
         [f"false positives of {LOOKUPS:,} others, beside the rate", f"{false:.4%} ({false / RATE - 1:+.1%})"],
         ["built by 1 process, by 2 [s]", f"{seconds[1]:.1f}, {seconds[2]:.1f}"],
@@ -93,11 +98,12 @@ def beside_rbloom(members: np.ndarray, rate: float) -> list[list[object]]:
 
 def decoding(loaded: LoadedRun, found: NgramFilter, prompts: list[list[int]], repeats: int) -> str:
     """Part 2, as a table."""
-    rows = []
+    rows, model = [], for_decoding(loaded.model)
     ways: dict[str, dict[str, Any]] = {
         "greedy": {},
         "top-k 40": {"temperature": 1.0, "top_k": 40},
         "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
+        "temperature 1": {"temperature": 1.0},
     }
     for name, options in ways.items():
         seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -106,7 +112,7 @@ def decoding(loaded: LoadedRun, found: NgramFilter, prompts: list[list[int]], re
             for free in (False, True):
                 started = time.perf_counter()
                 outputs = generate(
-                    loaded.model,
+                    model,
                     None,
                     prompts,
                     max_new_tokens=SUFFIX,

@@ -4,6 +4,8 @@
 2. Each part's keys are gathered from all pieces, and counted: those that occur often enough are its n-grams.
 3. With their number known the size follows, and each part's bits are set.
 
+The same for the beginnings of the n-grams: all texts of n - 1 tokens that occur often enough are a few more than that.
+
 The keys take 8 bytes a token on disk while the filter is built; a process holds one piece or one part in memory.
 """
 
@@ -62,6 +64,7 @@ def build_filter(
     n: int = 10,
     false_positive_rate: float = 0.01,
     minimum_count: int = 1,
+    beginnings: bool = True,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     workers: int | None = None,
@@ -70,8 +73,9 @@ def build_filter(
     """Write a filter of the n-grams that occur at least `minimum_count` times in the training text of the corpora.
 
     corpora: folders of `megafish prepare`, or prefixes of .bin/.idx pairs, which come without a tokenizer and need it
-    named. An n-gram lies inside one document, without the token that ends it. workers: processes, one a core by
-    default. Raises InputError for corpora of unlike tokenizers, without n-grams, and values out of range.
+    named. An n-gram lies inside one document, without the token that ends it. beginnings: hold those of the n-grams
+    too, which makes decoding faster and the file twice as large. workers: processes, one a core by default. Raises
+    InputError for corpora of unlike tokenizers, without n-grams, and values out of range.
     """
     path = Path(path)
     if n < 2:
@@ -80,6 +84,7 @@ def build_filter(
         raise InputError(f"minimum_count={minimum_count}: must be at least 1")
     if not 0 < false_positive_rate < 1:
         raise InputError(f"false_positive_rate={false_positive_rate}: must be above 0 and below 1")
+    lengths = (n, n - 1) if beginnings else (n,)
     opened = [Corpus(corpus) for corpus in corpora]
     sha256 = _tokenizer_of(opened, tokenizer)
     pieces = _pieces(opened)
@@ -90,36 +95,54 @@ def build_filter(
     # A small corpus is done before other processes have started.
     run = _Runner(1 if len(pieces) == 1 else workers or len(os.sched_getaffinity(0)), progress)
     try:
-        run(_write_keys, [(piece, n, seed, parts, folder) for piece in pieces], "hash n-grams", "piece")
-        counts = run(
-            _gather, [(part, len(pieces), parts, minimum_count, folder) for part in range(parts)], "count", "part"
-        )
-        ngrams = sum(counts)
-        if not ngrams:
+        found = [
+            _section(run, pieces, length, seed, parts, minimum_count, false_positive_rate, folder) for length in lengths
+        ]
+        if not found[0]["ngrams"]:
             raise InputError(
                 f"{', '.join(map(str, corpora))}: no text of {n} tokens occurs {minimum_count} times in a document: "
                 "lower n or the minimum count"
             )
-        bits, hashes = theory(ngrams, false_positive_rate)
-        part_bits = -(-bits // (parts * 64)) * 64
-        run(_fill, [(part, hashes, part_bits, folder) for part in range(parts)], "set bits", "part")
         header = {
             "n": n,
             "false_positive_rate": false_positive_rate,
             "minimum_count": minimum_count,
             "seed": seed,
-            "ngrams": ngrams,
-            "hashes": hashes,
+            **found[0],
             "parts": parts,
-            "part_bits": part_bits,
+            "beginnings": found[1] if beginnings else None,
             "tokenizer": sha256,
             "sources": [_source(corpus) for corpus in opened],
         }
-        write_filter(path, header, [folder / f"part_{part}.bits" for part in range(parts)])
+        write_filter(path, header, [_bits(folder, length, part) for length in lengths for part in range(parts)])
     finally:
         run.close()
         shutil.rmtree(folder, ignore_errors=True)
     return NgramFilter.open(path)
+
+
+def _section(
+    run: _Runner,
+    pieces: Sequence[_Piece],
+    n: int,
+    seed: int,
+    parts: int,
+    minimum_count: int,
+    rate: float,
+    folder: Path,
+) -> dict[str, int]:
+    """Make the parts of the n-grams of one length, and say how many there are and how they are laid out."""
+    run(_write_keys, [(piece, n, seed, parts, folder) for piece in pieces], f"hash {n}-grams", "piece")
+    asked = [(part, len(pieces), parts, minimum_count, folder) for part in range(parts)]
+    ngrams = sum(run(_gather, asked, f"count {n}-grams", "part"))
+    bits, hashes = theory(ngrams, rate)
+    part_bits = -(-bits // (parts * 64)) * 64
+    run(_fill, [(part, n, hashes, part_bits, folder) for part in range(parts)], "set bits", "part")
+    return {"ngrams": ngrams, "hashes": hashes, "part_bits": part_bits}
+
+
+def _bits(folder: Path, n: int, part: int) -> Path:
+    return folder / f"part_{part}_of_{n}.bits"
 
 
 def _tokenizer_of(corpora: Sequence[Corpus], tokenizer: Tokenizer | None) -> str:
@@ -233,6 +256,6 @@ def _gather(part: int, pieces: int, parts: int, minimum_count: int, folder: Path
     return len(distinct)
 
 
-def _fill(part: int, hashes: int, bits: int, folder: Path) -> int:
-    fill(np.load(folder / f"part_{part}.npy"), hashes, bits).tofile(folder / f"part_{part}.bits")
+def _fill(part: int, n: int, hashes: int, bits: int, folder: Path) -> int:
+    fill(np.load(folder / f"part_{part}.npy"), hashes, bits).tofile(_bits(folder, n, part))
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megafish.data.tokenizer import Tokenizer
-from megafish.decode.memfree import Blocked, Context, MemFree, draw_allowed, first_allowed
+from megafish.decode.memfree import Blocked, Context, MemFree, draw_allowed, first_allowed, likeliest
 from megafish.decode.stepping import Stepper
 from megafish.errors import InputError
 from megafish.model.transformer import Transformer
@@ -159,9 +159,8 @@ class Sampler:
     def _allowed(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(ids by falling probability [b, n], their cumulative probability float64 [b, n], place of the last one that
         may be drawn [b, 1])."""
-        values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            values, ids = values[:, : self.top_k], ids[:, : self.top_k]
+        width = logits.shape[1] if self.top_k is None else min(self.top_k, logits.shape[1])
+        values, ids = likeliest(logits, width)
         cumulative = torch.softmax(values.double() / self.temperature, dim=-1).cumsum(-1)
         if self.top_p is not None:
             # Tokens up to and including the one that reaches top_p.
@@ -280,18 +279,22 @@ def _choose_free(
     active: Sequence[int | None],
 ) -> torch.Tensor:
     """The next tokens under a filter; rows that are over get any token."""
-    going = torch.tensor([i is not None for i in active], device=scores.device)
-    likeliest = scores.argmax(-1)
-    rejected = context.blocked(likeliest[:, None])[:, 0]
-    memfree.count(rejected, going)
-    if sampler.temperature == 0.0:
-        # Only the rows whose likeliest token is blocked need another one: few of them, and none at most steps.
-        rows = (rejected & going).nonzero().squeeze(1)
-        if len(rows):
-            likeliest[rows] = first_allowed(scores[rows], 1, partial(context.blocked, rows=rows))[1].squeeze(1)
-        return likeliest
-    chosen = sampler.choose(scores, uniform, context.blocked)
-    return torch.where(going, chosen, chosen.clamp(min=0))
+    chosen = sampler.choose(scores, uniform)
+    going = torch.tensor([i is not None for i in active])
+    memfree.tokens += int(going.sum())
+    rows = context.open()
+    rows = rows[going[rows]].to(scores.device)
+    if len(rows):  # of the others none is blocked
+        blocked = partial(context.blocked, rows=rows)
+        rejected = blocked(scores[rows].argmax(-1, keepdim=True))[:, 0]
+        memfree.rejected += int(rejected.sum())
+        if sampler.temperature == 0.0:
+            rows = rows[rejected]
+            if len(rows):
+                chosen[rows] = first_allowed(scores[rows], 1, partial(context.blocked, rows=rows))[1].squeeze(1)
+        else:
+            chosen[rows] = sampler.choose(scores[rows], uniform[rows], blocked)
+    return chosen
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -23,8 +23,8 @@ Blocked = Callable[[torch.Tensor], torch.Tensor]
 
 _FIRST = 8
 """Candidates beyond those wanted that are looked up at once; more only where these do not suffice."""
-_PREFIX = 64
-"""Candidates looked up at first where any number may be wanted."""
+_PREFIX, _GROW = 256, 16
+"""Candidates looked up at first where any number may be wanted, and how many times as many next."""
 
 
 class MemFree:
@@ -37,11 +37,6 @@ class MemFree:
         self.filter = filter
         self.tokens = 0
         self.rejected = 0
-
-    def count(self, rejected: torch.Tensor, going: torch.Tensor) -> None:
-        """Count a step: where the likeliest token was blocked, and which rows are still going, bool [b] each."""
-        self.rejected += int((rejected & going).sum())
-        self.tokens += int(going.sum())
 
 
 class Context:
@@ -65,12 +60,16 @@ class Context:
         """Go on with these rows alone."""
         self._tokens, self._seen = self._tokens[rows], self._seen[rows]
 
-    def blocked(self, candidates: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Which tokens may not follow: int64 [b, m] -> bool [b, m]; of these rows alone where they are given (int64
-        [b])."""
-        chosen: Any = slice(None) if rows is None else rows.cpu().numpy()
-        found = self.filter.contains_next(self._tokens[chosen], candidates.cpu().numpy())
-        found &= (self._seen[chosen] >= self._tokens.shape[1])[:, None]
+    def open(self) -> torch.Tensor:
+        """Numbers of the rows that end in the beginning of an n-gram, int64 [m]: after the others any token may
+        follow."""
+        found = self.filter.begins(self._tokens) & (self._seen >= self._tokens.shape[1])
+        return torch.from_numpy(found.nonzero()[0])
+
+    def blocked(self, candidates: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens may not follow in these rows, of those that are `open`: int64 [m, c], rows int64 [m] -> bool
+        [m, c]."""
+        found = self.filter.contains_next(self._tokens[rows.cpu().numpy()], candidates.cpu().numpy())
         return torch.from_numpy(found).to(candidates.device)
 
 
@@ -83,7 +82,7 @@ def first_allowed(logits: torch.Tensor, count: int, blocked: Blocked) -> tuple[t
     vocab = logits.shape[1]
     width = min(count + _FIRST, vocab)
     while True:
-        values, ids = _likeliest(logits, width)
+        values, ids = likeliest(logits, width)
         free = ~blocked(ids)
         if width == vocab or bool((free.sum(1) >= count).all()):
             break
@@ -120,7 +119,7 @@ def draw_allowed(
         low, high = (_place(cumulative, total, top_p, uniform) for total in (known, known + unknown))
         if width == vocab or bool(((low == high) & (high < width)).all()):
             break
-        width = min(4 * width, vocab)
+        width = min(_GROW * width, vocab)
     # A product just below the whole may be rounded up to it: then it is the last allowed token.
     last = torch.where(free, torch.arange(width, device=free.device), 0).amax(-1, keepdim=True)
     place = torch.where(low < width, low, last)
@@ -139,8 +138,8 @@ def _place(cumulative: torch.Tensor, total: torch.Tensor, top_p: float | None, u
     return torch.where(last < width, place, width)
 
 
-def _likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """By falling logit, of equal ones by rising id."""
+def likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `width` likeliest tokens by falling logit, of equal ones by rising id: (logits [b, width], ids)."""
     if width < logits.shape[1] // 4:
         values, ids = logits.topk(width + 1)
         # topk does not say which of equal ones it takes, nor in which order it gives them.
@@ -155,8 +154,8 @@ def _likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Te
 def logits_processor(filter: NgramFilter) -> LogitsProcessor:
     """The filter for transformers' generate(logits_processor=[...]): scores of blocked tokens become -inf.
 
-    It looks up the whole vocabulary at each step, since all scores are asked for; megafish's own generation looks up
-    the likeliest ones alone.
+    After a beginning of an n-gram it looks up the whole vocabulary, since all scores are asked for; megafish's own
+    generation looks up the likeliest ones alone.
     """
     from transformers import LogitsProcessor
 
@@ -165,7 +164,10 @@ def logits_processor(filter: NgramFilter) -> LogitsProcessor:
 
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
             context = Context(filter, input_ids[:, 1 - filter.n :].tolist())
-            ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
-            return scores.masked_fill(context.blocked(ids), -torch.inf)
+            rows = context.open().to(scores.device)
+            ids = torch.arange(scores.shape[1], device=scores.device).expand(len(rows), -1)
+            found = scores.clone()
+            found[rows] = scores[rows].masked_fill(context.blocked(ids, rows), -torch.inf)
+            return found
 
     return MemFreeLogitsProcessor()

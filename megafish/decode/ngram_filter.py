@@ -5,8 +5,12 @@ splitmix64(seed), sent through splitmix64's finalizer. The bits are cut into 2^s
 key choose the part, so that parts are filled independently; the place of bit i in it is (key + i step) mod 2^64 mod
 bits, where step is the finalizer of the inverted key, made odd (Kirsch and Mitzenmacher 2006).
 
+Beside the n-grams stand their beginnings, n - 1 tokens each, in a section of their own: where a text does not end in
+one of them, no token can complete an n-gram, and none needs to be looked up. That is so at nearly all steps of a model
+that does not recite.
+
 A file: the magic, the length of a header (uint64, little-endian), the header in JSON, zeros up to a multiple of 64
-bytes, the parts. It is memory-mapped.
+bytes, the parts of the n-grams, those of the beginnings. It is memory-mapped.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from megafish.errors import InputError
 from megafish_kernels.goldfish import goldfish_coefficients, mix_numpy
 
 MAGIC = b"MFNGRAMS"
-FORMAT, VERSION = "megafish-ngrams", 1
+FORMAT, VERSION = "megafish-ngrams", 2
 HEADER_KEYS = ("n", "false_positive_rate", "minimum_count", "seed", "ngrams", "hashes", "parts", "part_bits")
 ALIGNMENT = 64
 _FEW = 1024
@@ -45,7 +49,11 @@ class NgramFilter:
         self.path = path
         self.header = header
         self.n: int = header["n"]
-        self._bits = bits
+        size = _bytes_of(header, header)
+        self._ngrams = _Section(bits[:size], header["parts"], header["part_bits"], header["hashes"])
+        self._beginnings: _Section | None = None
+        if (own := header["beginnings"]) is not None:
+            self._beginnings = _Section(bits[size:], header["parts"], own["part_bits"], own["hashes"])
         self._multipliers = coefficients(header["seed"], self.n)
 
     @classmethod
@@ -68,7 +76,7 @@ class NgramFilter:
             raise InputError(f"{path}: not a filter of n-grams, or damaged: build it again") from None
         if known != (FORMAT, VERSION):
             raise InputError(f"{path}: {known[0]} version {known[1]}, this program reads {FORMAT} version {VERSION}")
-        offset, size = data_offset(length), header["parts"] * header["part_bits"] // 8
+        offset, size = data_offset(length), _bytes_of(header, header) + _bytes_of(header, header["beginnings"])
         if path.stat().st_size != offset + size:
             raise InputError(
                 f"{path}: {path.stat().st_size} bytes, its header asks for {offset + size}: it was cut off; build it "
@@ -88,34 +96,57 @@ class NgramFilter:
         """Are these n-grams in it? int [..., n] -> bool [...]. True for all that are, and for few others by chance."""
         found = np.asarray(ngrams, dtype=np.int64)
         # Always with an axis before: NumPy warns of the overflow of a single number, which is meant here.
-        return self._lookup(ngram_keys(found.reshape(-1, self.n), self._multipliers)).reshape(found.shape[:-1])
+        return self._ngrams.holds(ngram_keys(found.reshape(-1, self.n), self._multipliers)).reshape(found.shape[:-1])
 
     def contains_next(self, context: npt.ArrayLike, candidates: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Would a candidate complete an n-gram of the filter? context int [b, n - 1], candidates int [b, m] -> bool
-        [b, m]."""
+        """Would a candidate complete an n-gram? context int [b, n - 1], candidates int [b, m] -> bool [b, m].
+
+        For certain where it would; by chance for others, of contexts that `begins` knows.
+        """
         before = partial_keys(np.asarray(context, dtype=np.int64), self._multipliers)
         last = np.asarray(candidates, dtype=np.int64).astype(np.uint64) + np.uint64(1)
-        return self._lookup(mix_numpy(before[:, None] + last * self._multipliers[self.n]))
+        return self._ngrams.holds(mix_numpy(before[:, None] + last * self._multipliers[self.n]))
 
-    def _lookup(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        parts, bits = self.header["parts"], self.header["part_bits"]
+    def begins(self, context: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Is this the beginning of an n-gram: int [b, n - 1] -> bool [b]. True for all that are, and for few others by
+        chance; for all where the filter was built without beginnings."""
+        tokens = np.asarray(context, dtype=np.int64)
+        if self._beginnings is None:
+            return np.ones(len(tokens), dtype=np.bool_)
+        return self._beginnings.holds(ngram_keys(tokens, self._multipliers[: self.n]))
+
+
+class _Section:
+    """Parts of bits [parts * part_bits / 8], and how keys are looked up in them."""
+
+    def __init__(self, bits: npt.NDArray[np.uint8], parts: int, part_bits: int, hashes: int) -> None:
+        # A plain view: each access to a memmap itself makes another one, which takes as long as a lookup.
+        self._bits = np.asarray(bits)
+        self._parts, self._part_bits, self._hashes = parts, part_bits, hashes
+
+    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """For each key whether it is in it: True for all that are, and for few others by chance."""
         flat = keys.ravel()
         found = np.ones(len(flat), dtype=np.bool_)
-        base = part_of(flat, parts).astype(np.int64) * (bits // 8)
+        base = part_of(flat, self._parts).astype(np.int64) * (self._part_bits // 8)
         step = steps(flat)
         # Half the bits are set: after each hash half of those that are not in it are known, and not looked at again. Of
         # few keys all hashes are looked up at once, which takes fewer calls.
-        hashes = self.header["hashes"]
-        together = hashes if len(flat) <= _FEW else 1
+        together = self._hashes if len(flat) <= _FEW else 1
         left = np.arange(len(flat))
-        for first in range(0, hashes, together):
+        for first in range(0, self._hashes, together):
             numbers = np.arange(first, first + together, dtype=np.uint64)
-            place = place_of(flat[left, None], step[left, None], numbers, bits)
+            place = place_of(flat[left, None], step[left, None], numbers, self._part_bits)
             byte = self._bits[base[left, None] + (place >> np.uint64(3)).astype(np.int64)]
             hit = ((byte >> (place & np.uint64(7)).astype(np.uint8)) & 1).all(axis=1)
             found[left[~hit]] = False
             left = left[hit]
         return found.reshape(keys.shape)
+
+
+def _bytes_of(header: dict[str, Any], section: dict[str, Any] | None) -> int:
+    """Size of a section, which is the header itself for the n-grams."""
+    return 0 if section is None else int(header["parts"] * section["part_bits"] // 8)
 
 
 def theory(ngrams: int, rate: float) -> tuple[int, int]:

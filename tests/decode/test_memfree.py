@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megafish.config import ModelConfig
+from megafish.data.corpus import Corpus
 from megafish.decode import memfree as module
 from megafish.decode.build_filter import build_filter
 from megafish.decode.generate import Sampler, generate
@@ -27,10 +29,14 @@ PROMPTS = [[1, 2, 3], [5], [7, 8], [4] * 20, [11, 0, 11]]
 
 
 class Pairs:
-    """A filter of given n-grams, without false positives."""
+    """A filter of given n-grams, without false positives, or with all of them: one that knows no beginnings."""
 
-    def __init__(self, ngrams: set[tuple[int, ...]], n: int = N) -> None:
-        self.ngrams, self.n = ngrams, n
+    def __init__(self, ngrams: set[tuple[int, ...]], n: int = N, beginnings: bool = True) -> None:
+        self.ngrams, self.n, self.beginnings = ngrams, n, beginnings
+
+    def begins(self, context: np.ndarray) -> np.ndarray:
+        known = {ngram[:-1] for ngram in self.ngrams}
+        return np.array([not self.beginnings or tuple(before) in known for before in context.tolist()], dtype=bool)
 
     def contains_next(self, context: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         return np.array(
@@ -61,8 +67,11 @@ NGRAMS = st.sets(st.tuples(*[st.integers(0, VOCAB - 1)] * N), max_size=1200)
 def test_no_ngram_of_the_filter_is_completed(
     model: Transformer, ngrams: set[tuple[int, ...]], options: dict[str, Any], batch_size: int
 ) -> None:
-    free = MemFree(Pairs(ngrams))  # type: ignore[arg-type]
-    outputs = generate(model, None, PROMPTS, max_new_tokens=12, batch_size=batch_size, memfree=free, **options)
+    free, slow = (MemFree(Pairs(ngrams, beginnings=known)) for known in (True, False))  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"max_new_tokens": 12, "batch_size": batch_size, **options}
+    outputs = generate(model, None, PROMPTS, memfree=free, **shared)
+    assert outputs == generate(model, None, PROMPTS, memfree=slow, **shared), "beginnings only save lookups"
+    assert (free.tokens, free.rejected) == (slow.tokens, slow.rejected)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         text = prompt + output
         ends = range(max(len(prompt), N - 1), len(text))
@@ -150,13 +159,16 @@ def test_a_draw_is_that_of_the_whole_vocabulary(
 
 def test_the_context_of_a_row() -> None:
     """Prompts shorter than n - 1 tokens block nothing until they are long enough."""
-    context = Context(Pairs({(1, 2, 5), (7, 5, 5)}), [[9, 1, 2], [7]])  # type: ignore[arg-type]
-    candidates = torch.tensor([[5, 2], [5, 7]])
-    assert context.blocked(candidates).tolist() == [[True, False], [False, False]]
+    context = Context(Pairs({(1, 2, 5), (7, 5, 5), (0, 7, 5)}), [[9, 1, 2], [7]])  # type: ignore[arg-type]
+    candidates = torch.tensor([[5, 2]])
+    assert context.open().tolist() == [0]
+    assert context.blocked(candidates, torch.tensor([0])).tolist() == [[True, False]]
     context.append(torch.tensor([8, 5]))
-    assert context.blocked(candidates).tolist() == [[False, False], [True, False]]
+    assert context.open().tolist() == [1]
+    assert context.blocked(candidates.repeat(2, 1), torch.tensor([1, 0])).tolist() == [[True, False], [False, False]]
     context.select([1])
-    assert context.blocked(candidates[1:]).tolist() == [[True, False]]
+    assert context.open().tolist() == [0]
+    assert context.blocked(candidates, torch.tensor([0])).tolist() == [[True, False]]
 
 
 def test_a_real_filter_in_transformers_and_here(corpus: Path, tmp_path: Path) -> None:
@@ -172,6 +184,8 @@ def test_a_real_filter_in_transformers_and_here(corpus: Path, tmp_path: Path) ->
     prompts = [[5, 9, 100], [300, 301, 302]]
     ours = generate(loaded.model, None, prompts, max_new_tokens=15, memfree=free)
     assert free.rejected > 0
+    data = Corpus(corpus).data
+    known = {pair for i in range(len(data)) for pair in pairwise(data.document(i)[:-1].tolist())}
     ids = torch.tensor(prompts)
     for sampled in (False, True):
         torch.manual_seed(0)
@@ -180,6 +194,7 @@ def test_a_real_filter_in_transformers_and_here(corpus: Path, tmp_path: Path) ->
             pad_token_id=0, logits_processor=[logits_processor(found)],
         )  # fmt: skip
         pairs = theirs[:, 2:].unfold(1, 2, 1).reshape(-1, 2).numpy()
-        assert not found.contains(pairs).any()
+        assert not (found.contains(pairs) & found.begins(pairs[:, :1])).any()
+        assert not {tuple(pair) for pair in pairs.tolist()} & known
         if not sampled:
             assert theirs[:, 3:].tolist() == ours

@@ -59,8 +59,29 @@ def test_what_is_in_the_corpus_is_in_the_filter(
         rare = [ngram for ngram, count in counts.items() if count < minimum_count]
         assert built.contains(np.array(rare)).mean() < 0.04
     bits, hashes = theory(len(wanted), 0.02)
-    assert built.header["hashes"] == hashes and path.stat().st_size == pytest.approx(bits / 8, rel=0.05, abs=2000)
+    assert built.header["hashes"] == hashes
+    begun = {ngram for ngram, count in ngrams(text_of(corpus), n - 1).items() if count >= minimum_count}
+    assert {ngram[:-1] for ngram in wanted} <= begun
+    assert built.begins(np.array(list(begun))).all() and built.header["beginnings"]["ngrams"] == len(begun)
+    strange = np.array([ngram[:-1] for ngram in others.tolist() if tuple(ngram[:-1]) not in begun])
+    assert built.begins(strange).mean() == pytest.approx(0.02, rel=0.2)
+    both = bits + theory(len(begun), 0.02)[0]
+    assert path.stat().st_size == pytest.approx(both / 8, rel=0.05, abs=2000)
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"], "nothing else is left"
+
+
+def test_without_beginnings(corpus: Path, tmp_path: Path) -> None:
+    """The same n-grams without the others' size, and any text may be the beginning of one."""
+    built, whole = (
+        build_filter([corpus], tmp_path / name, n=4, beginnings=beginnings, progress=False)
+        for name, beginnings in (("f", False), ("g", True))
+    )
+    own = whole.header["beginnings"]["part_bits"] * whole.header["parts"] / 8
+    saved = whole.path.stat().st_size - built.path.stat().st_size
+    assert own > 1000 and own <= saved < own + 200, "the header says less, too"
+    assert built.header["beginnings"] is None and built.begins([[1, 2, 3], [7, 7, 7]]).all()
+    some = np.random.Generator(np.random.Philox(1)).integers(0, 512, (20_000, 4))
+    assert (built.contains(some) == whole.contains(some)).all()
 
 
 def test_the_file_does_not_depend_on_pieces_or_processes(
@@ -140,7 +161,7 @@ def broken(path: Path, change: str) -> None:
         ("cut", "its header asks for .*: it was cut off"),
         ("other", "not a filter of n-grams, or damaged"),
         ("empty", "not a filter of n-grams, or damaged"),
-        ("newer", "megafish-ngrams version 9, this program reads megafish-ngrams version 1"),
+        ("newer", "megafish-ngrams version 9, this program reads megafish-ngrams version 2"),
     ],
 )
 def test_damaged_files(corpus: Path, tmp_path: Path, change: str, message: str) -> None:
