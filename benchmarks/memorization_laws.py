@@ -1,10 +1,10 @@
 """The three laws of Carlini et al. (2023, arXiv 2202.07646) in small: memorization against model size, copies, context.
 
 Plain runs of four widths on the demo's corpus (Python's standard library, canaries at 0 to 160 copies), audited with
-prompts of 4 to 40 tokens; share of canaries recited, fitted against the logarithm. What is there already is not made
-again, so an interrupted call goes on.
+prompts of 4 to 40 tokens; share of canaries recited, fitted against the logarithm: pooled over seeds (of weights, data,
+canaries and tokenizer), and of each seed. What is there already is not made again, so an interrupted call goes on.
 
-    python benchmarks/memorization_laws.py [--folder FOLDER] [--seed 0] [--quick] [--save]
+    python benchmarks/memorization_laws.py [--folder FOLDER] [--seeds 0 1 2] [--quick] [--save]
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Point(NamedTuple):
 
 
 def points(summaries: dict[int, dict[str, Any]]) -> dict[str, list[Point]]:
-    """The points of each law, pooled over what it is not about (control passages aside)."""
+    """The points of each law of one seed's models, pooled over what it is not about (control passages aside)."""
 
     def pooled(x: float, levels: list[dict[str, Any]]) -> Point:
         planted = [level for level in levels if level["exposures"]]
@@ -107,8 +107,9 @@ def points(summaries: dict[int, dict[str, Any]]) -> dict[str, list[Point]]:
     }
 
 
-def law(against: str, found: list[Point]) -> tuple[list[object], Panel]:
-    """The row of the table, and the plot with the fitted line."""
+def law(against: str, seeds: list[list[Point]]) -> tuple[list[object], Panel]:
+    """The row of the table, and the plot with the fitted line. seeds: the points of each, at the same places."""
+    found = [Point(at[0].x, sum(a.hits for a in at), sum(a.total for a in at)) for at in zip(*seeds, strict=True)]
     x, y = [point.x for point in found], [point.rate for point in found]
     intervals = [wilson_interval(point.hits, point.total) for point in found]
     low, high = [a for a, _ in intervals], [b for _, b in intervals]
@@ -117,7 +118,7 @@ def law(against: str, found: list[Point]) -> tuple[list[object], Panel]:
     if len(set(y)) > 1:
         fit = log_linear_fit(x, y)
         slope = f"{100 * fit.slope:+.1f} points ({100 * fit.low:+.1f} to {100 * fit.high:+.1f})"
-        row = [against, slope, f"{fit.r_squared:.3f}"]
+        row = [against, slope, f"{fit.r_squared:.3f} ({', '.join(map(r_squared, seeds))})"]
         series.append(Series(x, [fit.intercept + fit.slope * math.log10(a) for a in x], "", False, 0, fit=True))
     row.append(", ".join(f"{short_number(point.x)}: {point.hits}/{point.total}" for point in found))
     name = f"laws_{against.replace(' ', '_')}"
@@ -127,25 +128,33 @@ def law(against: str, found: list[Point]) -> tuple[list[object], Panel]:
     return row, panel
 
 
+def r_squared(found: list[Point]) -> str:
+    """Of one seed's points."""
+    y = [point.rate for point in found]
+    return f"{log_linear_fit([point.x for point in found], y).r_squared:.3f}" if len(set(y)) > 1 else "no change"
+
+
 def main() -> None:
     """Runs, table, plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the runs are kept, and continued from (default: nowhere)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a fortieth of the training; the figures mean nothing")
     parser.add_argument("--save", action="store_true", help="write results/DATE_memorization_laws.md and the plots")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = asked.folder or Path(temporary)
-        corpus = make_corpus(folder, asked.seed)
-        summaries = {width: run(folder, corpus, width, asked.seed, quick=asked.quick) for width in WIDTHS}
-    rows, panels = zip(*(law(against, found) for against, found in points(summaries).items()), strict=True)
+        found = []
+        for seed in asked.seeds:
+            folder = (asked.folder or Path(temporary)) / f"seed{seed}"
+            corpus = make_corpus(folder, seed)
+            found.append(points({width: run(folder, corpus, width, seed, quick=asked.quick) for width in WIDTHS}))
+    rows, panels = zip(*(law(against, [each[against] for each in found]) for against in found[0]), strict=True)
     text = (
-        f"Share of canaries recited ({PROMPT} tokens given, {SUFFIX} asked for) of {COUNT} for each of "
-        f"{', '.join(map(str, EXPOSURES[1:]))} copies; copies and tokens given: the largest model; tokens given: "
-        f"beginning {OFFSET} tokens into the passage.\n\n"
+        f"Share of canaries recited ({PROMPT} tokens given, {SUFFIX} asked for) of {COUNT} a seed for each of "
+        f"{', '.join(map(str, EXPOSURES[1:]))} copies, seeds {', '.join(map(str, asked.seeds))}; copies and tokens "
+        f"given: the largest model; tokens given: beginning {OFFSET} tokens into the passage.\n\n"
     )
-    text += table(rows, ["against", "for ten times as much (95 %)", "R^2", "recited"])
+    text += table(rows, ["against", "for ten times as much (95 %)", "R^2 (of each seed)", "recited"])
     print(text)
     if asked.save and not asked.quick:
         print(save("memorization_laws", text))
