@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from megafish.config_audit import AuditConfig
 from megafish.config_errors import allowed, explain, field_help
 from megafish.config_sections import (
-    AuditConfig,
     CheckpointConfig,
     ContrastConfig,
     DataConfig,

@@ -46,6 +46,11 @@ class RunDir:
         """The run at `path`; InputError when there is none."""
         run = cls(path)
         if not run.config_file.is_file():
+            if (run.path / "config.json").is_file():
+                raise InputError(
+                    f"{path}: a Hugging Face folder, not a run directory: make one of it (megafish import {path} --to "
+                    "RUN)"
+                )
             raise InputError(f"{path}: not a run directory (no config.yaml): name one that `megafish train` made")
         return run
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"config_yaml"},
     {"config_deepspeed", "config_errors", "config_megatron"},
     {"config_sections"},
-    {"config_unlearn"},
+    {"config_audit", "config_unlearn"},
     {"config"},
     {"run"},
     {"life"},

@@ -148,6 +148,11 @@ def test_mistakes_get_one_line(call: Call, arguments: tuple[str, ...], words: tu
     assert_refused(call(*arguments), *words)
 
 
+def test_a_hugging_face_folder_is_no_run(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert_refused(call("report", str(tmp_path)), "a Hugging Face folder", f"megafish import {tmp_path} --to RUN")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

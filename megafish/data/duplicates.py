@@ -11,7 +11,9 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,14 +249,28 @@ def _build(data: IndexedDataset, suffixes: Path, described: Path, progress: bool
     suffixes.parent.mkdir(parents=True, exist_ok=True)
     beside = suffixes.with_name(suffixes.name + ".tmp")
     if progress:
-        print(f"sorting the {data.num_tokens:,} tokens of {data.bin_path}", flush=True)
+        print(f"sorting the {data.num_tokens:,} tokens of {data.bin_path}", file=sys.stderr, flush=True)
     try:
         # Which width the ids have it takes from the size of the vocabulary.
-        MemmapIndex.build(str(data.bin_path), str(beside), 2**16 if data.dtype.itemsize == 2 else 2**17)
+        with _output_on_stderr():
+            MemmapIndex.build(str(data.bin_path), str(beside), 2**16 if data.dtype.itemsize == 2 else 2**17)
     except (RuntimeError, OSError) as error:
         raise InputError(f"{beside}: cannot be written ({error}): name another folder for the array") from None
     os.replace(beside, suffixes)
     write_atomic(described, json.dumps(_description(data), indent=1) + "\n")
+
+
+@contextmanager
+def _output_on_stderr() -> Iterator[None]:
+    """tokengrams prints how far it is on standard output, past Python, where results stand."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _description(data: IndexedDataset) -> dict[str, Any]:

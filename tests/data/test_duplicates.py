@@ -125,6 +125,14 @@ def test_the_array_is_kept_and_checked(tmp_path: Path) -> None:
         Duplicates.of(pair, progress=False)
 
 
+def test_only_results_go_to_standard_output(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """tokengrams prints by itself, past Python."""
+    Duplicates.of(corpus, folder=tmp_path / "suffixes")
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "after\n" and "sorting the" in err
+
+
 def test_another_folder(tmp_path: Path) -> None:
     pair = write(tmp_path / "data", [[1, 2, 3]] * 4)
     duplicates = Duplicates.of(pair, folder=tmp_path / "index", progress=False)
