@@ -301,7 +301,7 @@ class _Curves:
         )
 
     def canary_panels(self) -> list[Panel]:
-        """Loss and recitation of the canaries in the course of training."""
+        """Loss and recitation of the canaries in the course of training; none where they were tried only once."""
         loss = Panel(
             "canary_loss_in_training",
             "Canaries during training, by their copies",
@@ -323,7 +323,7 @@ class _Curves:
             zero=True,
             top=1.0,
         )
-        return [panel for panel in (loss, recited) if panel.series]
+        return [panel for panel in (loss, recited) if any(len(series.x) > 1 for series in panel.series)]
 
     def _by_copies(self, figure: str) -> list[Series]:
         """A figure of the canaries: for one run by their copies, for several of those with the most."""

@@ -569,7 +569,7 @@ def test_bins_of_occurrences_stand_at_their_mean(tmp_path: Path) -> None:
     assert view.summary is not None
     rows = probe_rows(view.summary["probes"][0])
     assert [row.label for row in rows] == ["1", "8 and more, mean 10.0", "900 and more, mean 1000.0"]
-    assert [row.cells[0].text for row in rows] == ["2", "20", "2000"]
+    assert [row.cells[0].value for row in rows] == ["2", "20", "2000"]
     law = next(law for law in laws([view]) if law.against == "occurrences in books")
     assert law.x == [1, 10, 1000] and law.fit is not None and law.fit.slope == pytest.approx(1 / 3)
     [panel] = [panel for panel in audit_panels([view]) if panel.name == "occurrences"]
