@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -428,8 +429,9 @@ def generate(
     loaded = load_run(run, step=step)
     if free is not None:
         free.filter.check_tokenizer(loaded.tokenizer)
+    loaded = replace(loaded, model=for_decoding(loaded.model))
     texts = generate_text(
-        for_decoding(loaded.model),
+        loaded.model,
         loaded.tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,

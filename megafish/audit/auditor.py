@@ -119,8 +119,11 @@ class Auditor:
         """How often the model has read each training corpus, by its folder; empty where that is not known."""
         if self.stream is None or self.target.spent is None:
             return {}
-        epochs = self.stream.epochs(self.consumed)
-        return {spec.corpus.path.resolve(): seen for spec, seen in zip(self.stream.sources, epochs, strict=True)}
+        found: dict[Path, float] = {}
+        for spec, seen in zip(self.stream.sources, self.stream.epochs(self.consumed), strict=True):
+            path = spec.corpus.path.resolve()
+            found[path] = found.get(path, 0.0) + seen  # one corpus may be named twice
+        return found
 
     def extract(self, each: ProbeSet) -> list[Extraction]:
         """Continue every passage of a set."""

@@ -54,12 +54,14 @@ def score_and_continue(
     with track(sum(map(len, own)), "score and continue", "passage", enabled=progress) as bar:
         waiting: list[tuple[list[int], KVCache]] = []
         for numbers in own:
-            left, cache = work.read(numbers)
-            bar.advance(len(numbers) - len(left))
+            left = work.read(numbers)
+            going = [] if left is None else left[0]
+            bar.advance(len(numbers) - len(going))
             # Of passages that are recited few are left: they wait until there are enough for a batch.
-            if sum(len(rows) for rows, _ in waiting) + len(left) > batch_size:
+            if sum(len(rows) for rows, _ in waiting) + len(going) > batch_size:
                 work.go_on(waiting, bar)
-            waiting.append((left, cache))
+            if left is not None:
+                waiting.append(left)
         work.go_on(waiting, bar)
     done = list(chain(*own))
     processes.complete(work.scores, done)
@@ -85,9 +87,9 @@ class _Work:
         self.scores: list[TokenScores | None] = [None] * len(prompts)
         self.outputs: list[list[int]] = [[] for _ in prompts]
 
-    def read(self, numbers: list[int]) -> tuple[list[int], KVCache]:
+    def read(self, numbers: list[int]) -> tuple[list[int], KVCache] | None:
         """Score some passages, in one forward pass. Returns those whose continuation goes on behind what that tells,
-        and a cache that holds, for each of them, all but the last token known."""
+        and a cache that holds, for each of them, all but the last token known; None where there are none."""
         device = self.stepper.device
         texts = [[*self.prompts[i], *self.suffixes[i]] for i in numbers]
         width = max(map(len, texts)) - 1
@@ -106,11 +108,12 @@ class _Work:
             ended = self._write_known(i, scores)
             if not ended and len(self.outputs[i]) < len(self.suffixes[i]):
                 left.append(row)
+        if not left:
+            return None
+        if len(left) < len(numbers):
+            cache.select(torch.tensor(left, device=device))
         going = [numbers[row] for row in left]
-        if left:
-            if len(left) < len(numbers):
-                cache.select(torch.tensor(left, device=device))
-            cache.rewind(torch.tensor([len(self.prompts[i]) + len(self.outputs[i]) - 1 for i in going], device=device))
+        cache.rewind(torch.tensor([len(self.prompts[i]) + len(self.outputs[i]) - 1 for i in going], device=device))
         return going, cache
 
     def _write_known(self, number: int, scores: TokenScores) -> bool:
@@ -126,13 +129,12 @@ class _Work:
 
     def go_on(self, waiting: list[tuple[list[int], KVCache]], bar: Track) -> None:
         """Generate the rest of the passages that wait, of which none does then."""
-        parts = [(rows, cache) for rows, cache in waiting if rows]
-        waiting.clear()
-        if not parts:
+        if not waiting:
             return
-        numbers = list(chain.from_iterable(rows for rows, _ in parts))
+        numbers = list(chain.from_iterable(rows for rows, _ in waiting))
         left = {i: len(self.suffixes[i]) - len(self.outputs[i]) for i in numbers}
-        self.stepper.adopt([cache for _, cache in parts], max(left.values()))
+        self.stepper.adopt([cache for _, cache in waiting], max(left.values()))
+        waiting.clear()  # they have been copied
         last = torch.tensor([self.outputs[i][-1] for i in numbers], device=self.stepper.device)
         logits = self.stepper.step(last)
         greedy = Sampler(0.0, None, None)

@@ -95,14 +95,14 @@ def build_filter(
     # A small corpus is done before other processes have started.
     run = _Runner(1 if len(pieces) == 1 else workers or len(os.sched_getaffinity(0)), progress)
     try:
-        found = [
-            _section(run, pieces, length, seed, parts, minimum_count, false_positive_rate, folder) for length in lengths
-        ]
-        if not found[0]["ngrams"]:
-            raise InputError(
-                f"{', '.join(map(str, corpora))}: no text of {n} tokens occurs {minimum_count} times in a document: "
-                "lower n or the minimum count"
-            )
+        found = []
+        for length in lengths:
+            found.append(_section(run, pieces, length, seed, parts, minimum_count, false_positive_rate, folder))
+            if not found[0]["ngrams"]:
+                raise InputError(
+                    f"{', '.join(map(str, corpora))}: no text of {n} tokens occurs {minimum_count} times in a "
+                    "document: lower n or the minimum count"
+                )
         header = {
             "n": n,
             "false_positive_rate": false_positive_rate,

@@ -233,7 +233,7 @@ def generate_batch(
         np.stack([np.random.Generator(np.random.Philox([seed, i])).random(most) for i in rows])
     ).to(device)
     active: list[int | None] = list(rows)  # the prompt in each row of the cache, None where it is over
-    context = None if memfree is None else Context(memfree.filter, [prompts[i] for i in rows])
+    context = None if memfree is None else Context(memfree.filter, [[*prompts[i], *results[i]] for i in rows])
     for count in range(most):
         scores = logits[:, 0, :vocab_size]
         if memfree is None or context is None:
@@ -267,7 +267,8 @@ def generate_batch(
             active = [active[row] for row in kept]
             if context is not None:
                 context.select(kept)
-        logits = stepper.step(chosen)
+        # A row that has just ended for want of an allowed token may still be in the batch, with -1.
+        logits = stepper.step(chosen.clamp(min=0))
 
 
 def _choose_free(
@@ -278,7 +279,7 @@ def _choose_free(
     uniform: torch.Tensor,
     active: Sequence[int | None],
 ) -> torch.Tensor:
-    """The next tokens under a filter; rows that are over get any token."""
+    """The next tokens under a filter, -1 where none is allowed; rows that are over get any token."""
     chosen = sampler.choose(scores, uniform)
     going = torch.tensor([i is not None for i in active])
     memfree.tokens += int(going.sum())

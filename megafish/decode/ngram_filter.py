@@ -31,7 +31,8 @@ from megafish_kernels.goldfish import goldfish_coefficients, mix_numpy
 
 MAGIC = b"MFNGRAMS"
 FORMAT, VERSION = "megafish-ngrams", 2
-HEADER_KEYS = ("n", "false_positive_rate", "minimum_count", "seed", "ngrams", "hashes", "parts", "part_bits")
+HEADER_KEYS = ("n", "seed", "hashes", "parts", "part_bits", "beginnings", "tokenizer")
+"""What is read of a header."""
 ALIGNMENT = 64
 _FEW = 1024
 """Keys up to which the number of calls is what a lookup costs."""
@@ -76,6 +77,8 @@ class NgramFilter:
             raise InputError(f"{path}: not a filter of n-grams, or damaged: build it again") from None
         if known != (FORMAT, VERSION):
             raise InputError(f"{path}: {known[0]} version {known[1]}, this program reads {FORMAT} version {VERSION}")
+        if missing := [key for key in HEADER_KEYS if key not in header]:
+            raise InputError(f"{path}: its header has no {missing[0]}: it is damaged; build it again")
         offset, size = data_offset(length), _bytes_of(header, header) + _bytes_of(header, header["beginnings"])
         if path.stat().st_size != offset + size:
             raise InputError(

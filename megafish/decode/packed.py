@@ -32,6 +32,8 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a model laid out for decoding has no gradients: use torch.no_grad()")
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
 
@@ -58,7 +60,7 @@ def for_decoding(model: Transformer) -> Transformer:
     parameters of it, and the head's stands beside the plain one, which losses read. Whoever needs the given model no
     more lets go of it, so that they are in memory once.
     """
-    if not can_pack(model.head.weight):
+    if model.head.packed is not None or not can_pack(model.head.weight):
         return model
     found = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for name, module in list(found.named_modules()):

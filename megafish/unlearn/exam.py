@@ -38,7 +38,10 @@ class Exam:
 def examine(
     loaded: LoadedRun, exam: Exam, *, progress: bool = False
 ) -> tuple[dict[str, list[ItemScore]], dict[str, Any]]:
-    """Every text of the sets as the model takes it, and the figures of each set, of all, and of other ways to ask."""
+    """Every text of the sets as the model takes it, and the figures of each set, of all, and of other ways to ask.
+
+    On a CPU the matrices of the blocks are in memory twice meanwhile: the given model stays as it is.
+    """
     loaded = replace(loaded, model=for_decoding(loaded.model))
     items = {name: _scored(loaded, exam, texts, progress=progress) for name, texts in exam.sets.items()}
     figures: dict[str, Any] = {name: set_figures(found) for name, found in items.items()}

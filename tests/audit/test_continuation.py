@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megafish.audit import continuation
 from megafish.audit.continuation import score_and_continue
 from megafish.audit.probes import load_canaries
 from megafish.audit.scores import TokenScores, token_scores
@@ -127,6 +129,32 @@ def test_passages_that_are_left_share_batches(model: Transformer, monkeypatch: p
     monkeypatch.setattr(Stepper, "adopt", spy)
     assert score_and_continue(model, None, prompts, suffixes, batch_size=8)[1] == written
     assert rows == [[1] * 8]
+
+
+def test_nothing_is_kept_of_what_is_recited(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[KVCache]] = []
+    most = 0
+    rewound, read = KVCache.__init__, continuation._Work.read
+
+    def make(self: KVCache, *arguments: Any, **options: Any) -> None:
+        rewound(self, *arguments, **options)
+        alive.append(weakref.ref(self))
+
+    def count(self: continuation._Work, numbers: list[int]) -> Any:
+        nonlocal most
+        most = max(most, sum(cache() is not None for cache in alive))
+        return read(self, numbers)
+
+    monkeypatch.setattr(KVCache, "__init__", make)
+    monkeypatch.setattr(continuation._Work, "read", count)
+    prompts = [[i % VOCAB, 3, i // VOCAB] for i in range(64)]
+    written = generate(model, None, prompts, max_new_tokens=SUFFIX)
+    others = [[(token + 1) % VOCAB for token in text] for text in written]
+    for suffixes, kept in ((written, 0), (others, 2)):
+        alive.clear()
+        most = 0
+        assert score_and_continue(model, None, prompts, suffixes, batch_size=8)[1] == written
+        assert most <= kept, "the one that waits, and the copy that was gone on with last"
 
 
 def test_nothing_to_do(model: Transformer) -> None:

@@ -29,7 +29,7 @@ PROMPTS = [[1, 2, 3], [5], [7, 8], [4] * 20, [11, 0, 11]]
 
 
 class Pairs:
-    """A filter of given n-grams, without false positives, or with all of them: one that knows no beginnings."""
+    """A filter of given n-grams, without false positives. beginnings=False: any text may be the beginning of one."""
 
     def __init__(self, ngrams: set[tuple[int, ...]], n: int = N, beginnings: bool = True) -> None:
         self.ngrams, self.n, self.beginnings = ngrams, n, beginnings
@@ -80,6 +80,18 @@ def test_no_ngram_of_the_filter_is_completed(
             # It ended because nothing was allowed to follow.
             assert all((*text[-N + 1 :], token) in ngrams for token in range(VOCAB))
     assert free.tokens == sum(map(len, outputs)) + sum(len(output) < 12 for output in outputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_a_row_after_which_nothing_may_follow(model: Transformer, options: dict[str, Any]) -> None:
+    """It ends, and its neighbours go on in the same batch."""
+    free = MemFree(Pairs({(1, token) for token in range(VOCAB)}, n=2))  # type: ignore[arg-type]
+    outputs = generate(model, None, [[1], [2], [3]], max_new_tokens=9, memfree=free, **options)
+    assert outputs[0] == [] and outputs[1]
+    for output in outputs[1:]:
+        # They end before 9 tokens only behind that token.
+        assert len(output) == 9 or output[-1] == 1
+        assert 1 not in output[:-1]
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,8 @@ def broken(path: Path, change: str) -> None:
     elif change == "empty":
         path.write_bytes(b"")
     else:
-        text = json.dumps({**header, "version": 9}).encode()
+        changed = {**header, "version": 9} if change == "newer" else {k: v for k, v in header.items() if k != change}
+        text = json.dumps(changed).encode()
         path.write_bytes(data[:8] + len(text).to_bytes(8, "little") + text)
 
 
@@ -161,6 +162,8 @@ def broken(path: Path, change: str) -> None:
         ("cut", "its header asks for .*: it was cut off"),
         ("other", "not a filter of n-grams, or damaged"),
         ("empty", "not a filter of n-grams, or damaged"),
+        ("beginnings", "its header has no beginnings: it is damaged"),
+        ("hashes", "its header has no hashes: it is damaged"),
         ("newer", "megafish-ngrams version 9, this program reads megafish-ngrams version 2"),
     ],
 )

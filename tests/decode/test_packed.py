@@ -65,6 +65,14 @@ def test_the_model_stays_the_same(changes: dict) -> None:
     assert generate(other, None, PROMPTS, max_new_tokens=10) == generate(model, None, PROMPTS, max_new_tokens=10)
 
 
+def test_once_and_without_gradients() -> None:
+    model = for_decoding(Transformer(ModelConfig.model_validate(SHAPE), 90))
+    assert for_decoding(model) is model
+    tokens = torch.tensor([PROMPTS[3]])
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        model(tokens, targets=tokens)
+
+
 def test_other_dtypes_are_left_as_they_are() -> None:
     model = Transformer(ModelConfig.model_validate(SHAPE), 90).double()
     assert for_decoding(model) is model and model.head.packed is None
