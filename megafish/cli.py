@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from dataclasses import replace
@@ -408,14 +409,23 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued at one time", min=1)] = 32,
     step: Step = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each prompt: prompt and continuation")
+    ] = False,
 ) -> None:
     """Continue prompts with a trained model."""
+    for option, value in (("--top-k", top_k), ("--top-p", top_p)):
+        if value is not None and temperature == 0:
+            raise InputError(f"{option} {value}: nothing is sampled at temperature 0: give --temperature 1 too")
     prompts = list(prompt or [])
     if prompt_file is not None:
         try:
-            prompts += prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = prompt_file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise InputError(f"{prompt_file}: byte {error.start}: not UTF-8") from None
+        if "" in lines:
+            raise InputError(f"{prompt_file}: line {lines.index('') + 1} is empty: every line is a prompt")
+        prompts += lines
     if not prompts:
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
 
@@ -444,7 +454,7 @@ def generate(
         memfree=free,
     )
     for text, continuation in zip(prompts, texts, strict=True):
-        print(text + continuation)
+        print(json.dumps({"prompt": text, "continuation": continuation}) if as_json else text + continuation)
     if free is not None:
         print(
             f"{memfree}: the likeliest token was blocked {free.rejected} times in {free.tokens} tokens", file=sys.stderr
@@ -542,7 +552,9 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.html and its PNGs (default: the run, or ./report)")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Which audit to show (default: the latest of each run)")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Show the audit of this step (default: of each run the latest step)", min=0)
+    ] = None,
 ) -> None:
     """Write a page with plots for one run, or for several side by side."""
     from megafish.audit.report import report as write_report

@@ -141,11 +141,18 @@ def test_schema_is_json(call: Call) -> None:
         (("generate", "nowhere", "--prompt", "x"), ("nowhere", "not a run directory")),
         (("verify", "nowhere"), ("nowhere", "not a run directory")),
         (("generate", "nowhere"), ("--prompt",)),
+        (("generate", "nowhere", "--prompt", "x", "--top-k", "5"), ("--top-k 5", "--temperature 1")),
+        (("generate", "nowhere", "--prompt", "x", "--top-p", "0.5"), ("--top-p 0.5", "--temperature 1")),
         (("tokenizer", "nowhere", "--output", "t.model"), ("nowhere",)),
     ],
 )
 def test_mistakes_get_one_line(call: Call, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     assert_refused(call(*arguments), *words)
+
+
+def test_a_prompt_file_with_an_empty_line(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
+    assert_refused(call("generate", "nowhere", "--prompt-file", str(tmp_path / "prompts.txt")), "prompts.txt: line 2")
 
 
 def test_a_hugging_face_folder_is_no_run(call: Call, tmp_path: Path) -> None:

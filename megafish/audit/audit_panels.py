@@ -69,7 +69,7 @@ def _by_copies(
     if several:
         return [(-1, run.name, (run.masked, run.index))]
     count = min(_LEVELS, len(levels))
-    return [(-back, f"{levels[-back]['exposures']}", _shade(run, back - 1)) for back in range(1, count + 1)]
+    return [(-back, f"{levels[-back]['exposures']} copies", _shade(run, back - 1)) for back in range(1, count + 1)]
 
 
 def _sweep(runs: Sequence[RunView], axis: str, other: str) -> list[Series]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from megafish.audit.losses import held_out, kept_and_dropped
 from megafish.audit.members import choose_members
 from megafish.audit.membership import FEWEST, attack, membership_scores
 from megafish.audit.metrics import longest_common_prefix
-from megafish.audit.probes import Probe, ProbeSet, load_canaries, longest, open_probes, split_probes
+from megafish.audit.probes import Probe, ProbeSet, corpus_id, load_canaries, longest, open_probes, split_probes
 from megafish.audit.scores import token_scores
 from megafish.audit.sweep import beams, sweep
 from megafish.audit.target import Target, check_named, load_target
@@ -112,17 +111,17 @@ class Auditor:
         return [
             probe
             for spec in ([] if self.stream is None else self.stream.sources)
-            for probe in load_canaries(spec.corpus.path, epochs.get(spec.corpus.path.resolve()))
+            for probe in load_canaries(spec.corpus.path, epochs.get(corpus_id(spec.corpus)))
         ]
 
-    def _epochs(self) -> dict[Path, float]:
-        """How often the model has read each training corpus, by its folder; empty where that is not known."""
+    def _epochs(self) -> dict[str, float]:
+        """How often the model has read each training corpus, by its id; empty where that is not known."""
         if self.stream is None or self.target.spent is None:
             return {}
-        found: dict[Path, float] = {}
+        found: dict[str, float] = {}
         for spec, seen in zip(self.stream.sources, self.stream.epochs(self.consumed), strict=True):
-            path = spec.corpus.path.resolve()
-            found[path] = found.get(path, 0.0) + seen  # one corpus may be named twice
+            name = corpus_id(spec.corpus)
+            found[name] = found.get(name, 0.0) + seen  # one corpus may be named twice
         return found
 
     def extract(self, each: ProbeSet) -> list[Extraction]:

@@ -42,6 +42,12 @@ def exposure_levels(probes: Sequence[Probe]) -> list[int | None]:
     return sorted({probe.exposures for probe in probes}, key=lambda value: -1 if value is None else value)
 
 
+def mean_occurrences(probes: Sequence[Probe]) -> float | None:
+    """Of a bin of passages drawn by duplication, whose exposures are the least of it; None for others."""
+    counted = [probe.occurrences for probe in probes if probe.occurrences is not None]
+    return float(np.mean(counted)) if counted else None
+
+
 def rate(name: str, hits: Sequence[bool]) -> dict[str, Any]:
     """name_matches, name_rate, name_low, name_high: a share with Wilson's 95 % interval."""
     count = sum(map(bool, hits))
@@ -53,7 +59,6 @@ def _level(exposures: int | None, group: list[Extraction]) -> dict[str, Any]:
     losses = np.asarray([item.suffix_losses for item in group])
     seen = [effective_exposures(item.probe) for item in group]
     known = [value for value in seen if value is not None]
-    counted = [item.probe.occurrences for item in group if item.probe.occurrences is not None]
     rouge_low, rouge_high = mean_interval([item.rouge for item in group])
 
     def mean(score: Callable[[Extraction], float]) -> float:
@@ -61,8 +66,7 @@ def _level(exposures: int | None, group: list[Extraction]) -> dict[str, Any]:
 
     level: dict[str, Any] = {
         "exposures": exposures,
-        # Of a bin of passages drawn by duplication, whose exposures are the least of it.
-        "occurrences": float(np.mean(counted)) if counted else None,
+        "occurrences": mean_occurrences([item.probe for item in group]),
         "effective_exposures": float(np.mean(known)) if known else None,
         "canaries": len(group),
         **rate("exact", [item.exact for item in group]),

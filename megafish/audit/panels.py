@@ -241,7 +241,8 @@ def training_panels(runs: Sequence[RunView]) -> list[Panel]:
                 percent=True,
             )
         )
-    return [panel for panel in panels if panel is not None]
+    # One point is no curve: what was measured once stands in the tables.
+    return [panel for panel in panels if panel is not None and any(len(series.x) > 1 for series in panel.series)]
 
 
 class _Curves:
@@ -291,7 +292,7 @@ class _Curves:
             return None
         return Panel(
             "dropped_loss",
-            "Dropped and kept tokens",
+            "Dropped and kept tokens, during training",
             self.xlabel,
             "nats per token",
             series,
@@ -301,7 +302,7 @@ class _Curves:
         )
 
     def canary_panels(self) -> list[Panel]:
-        """Loss and recitation of the canaries in the course of training; none where they were tried only once."""
+        """Loss and recitation of the canaries in the course of training."""
         loss = Panel(
             "canary_loss_in_training",
             "Canaries during training, by their copies",
@@ -323,7 +324,7 @@ class _Curves:
             zero=True,
             top=1.0,
         )
-        return [panel for panel in (loss, recited) if any(len(series.x) > 1 for series in panel.series)]
+        return [panel for panel in (loss, recited) if panel.series]
 
     def _by_copies(self, figure: str) -> list[Series]:
         """A figure of the canaries: for one run by their copies, for several of those with the most."""

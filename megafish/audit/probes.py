@@ -6,6 +6,7 @@ by its copies, a passage drawn by duplication by its occurrences; of others that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,24 +88,28 @@ def split_probes(
 
 
 def open_probes(
-    settings: AuditConfig, tokenizer: Tokenizer, length: int, epochs: Mapping[Path, float]
+    settings: AuditConfig, tokenizer: Tokenizer, length: int, epochs: Mapping[str, float]
 ) -> list[ProbeSet]:
     """The sets that `audit.probes` names, passages of `length` tokens. epochs: of the corpora the model was trained on,
-    by their resolved folders, as far as that is known. Raises InputError."""
-    found = [_open(Path(path), settings, tokenizer, length) for path in settings.probes]
-    for path, each in zip(settings.probes, found, strict=True):
-        seen = epochs.get(Path(path).resolve())
-        each.probes[:] = [replace(probe, epochs=seen) for probe in each.probes]
-    return found
+    by `corpus_id`, as far as that is known. Raises InputError."""
+    return [_open(Path(path), settings, tokenizer, length, epochs) for path in settings.probes]
 
 
-def _open(path: Path, settings: AuditConfig, tokenizer: Tokenizer, length: int) -> ProbeSet:
+def corpus_id(corpus: Corpus) -> str:
+    """The same for the same tokens, wherever they lie."""
+    return json.dumps(corpus.fingerprint(), sort_keys=True)
+
+
+def _open(
+    path: Path, settings: AuditConfig, tokenizer: Tokenizer, length: int, epochs: Mapping[str, float]
+) -> ProbeSet:
     if (path / "manifest.json").is_file() or any(file.is_file() for file in file_pair(path)):
         corpus = Corpus(path)
         corpus.check_tokenizer(tokenizer)
-        if settings.probe_choice == "duplicates":
-            return _by_duplication(path, corpus, settings, length)
-        return _uniform(path, corpus, settings, length)
+        choose = _by_duplication if settings.probe_choice == "duplicates" else _uniform
+        found = choose(path, corpus, settings, length)
+        seen = epochs.get(corpus_id(corpus))
+        return replace(found, probes=[replace(probe, epochs=seen) for probe in found.probes])
     if settings.probe_choice == "duplicates":
         raise InputError(f"audit.probe_choice=duplicates: {path} is no corpus: prepare it, or leave the key away")
     return _texts(path, settings, tokenizer, length)

@@ -33,7 +33,8 @@ from megafish.audit.rows import (
 )
 from megafish.audit.samples import choose_samples
 from megafish.audit.view import RunView, load_views
-from megafish.run import write_atomic
+from megafish.errors import InputError
+from megafish.run import read_json, write_atomic
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None, *, ste
     The page is one file without references: images and style stand inside it. `output` is by default the run's own
     directory for one run and ./report for several. Parts that a run lacks (canaries, validation, an audit) are named
     on the page together with the command that makes them. `step`: the audit of this step is shown, by default the
-    latest of each run. Raises InputError for a path that is not a run, and for one without an audit of the step.
+    latest of each run; the page of one run is in RUN/report_step_XXXXXXXX then. Raises InputError for a path that is
+    not a run, and for one without an audit of the step.
     """
     runs = load_views(paths, step)
-    folder = Path(output) if output is not None else runs[0].path if len(runs) == 1 else Path("report")
+    own = runs[0].path if step is None else runs[0].path / f"report_step_{step:08d}"
+    folder = Path(output) if output is not None else own if len(runs) == 1 else Path("report")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     memorization = all_panels(runs)
@@ -95,10 +98,21 @@ def report(paths: Sequence[str | Path], output: str | Path | None = None, *, ste
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     target = folder / "report.html"
+    _remove_stale(folder, {panel.name for panel in memorization + training})
     write_atomic(target, page)
     data = json.dumps(figures(runs, memorization + training), indent=1, allow_nan=False)
     write_atomic(folder / "report.json", data + "\n")
     return target
+
+
+def _remove_stale(folder: Path, drawn: set[str]) -> None:
+    """Remove the plots that an earlier report in this folder had and this one has not."""
+    try:
+        earlier = [plot["name"] for plot in read_json(folder / "report.json")["plots"]]
+    except (InputError, OSError, KeyError, TypeError):
+        return  # there is none, or what lies there is not a report's
+    for name in set(earlier) - drawn:
+        (folder / "plots" / f"{name}.png").unlink(missing_ok=True)
 
 
 def figures(runs: Sequence[RunView], panels: Sequence[Panel]) -> dict[str, Any]:

@@ -127,9 +127,7 @@ def _best_attack(run: RunView) -> tuple[str, float] | None:
 
 
 def _train_loss(run: RunView, key: str) -> float | None:
-    if run.summary is None:
-        return run.last("dropped", key)
-    train = run.summary["losses"]["train"]
+    train = None if run.summary is None else run.summary["losses"]["train"]
     return None if train is None else train[key]
 
 

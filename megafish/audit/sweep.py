@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megafish.audit.levels import exposure_levels, rate
+from megafish.audit.levels import exposure_levels, mean_occurrences, rate
 from megafish.audit.metrics import extraction_strength
 from megafish.audit.probes import Probe
 from megafish.audit.scores import TokenScores, token_scores
@@ -107,6 +107,11 @@ def by_level(probes: Sequence[Probe], level: Callable[[list[int]], dict[str, Any
     order = exposure_levels(probes)
     groups = [[i for i, probe in enumerate(probes) if probe.exposures == exposures] for exposures in order]
     return [
-        {"exposures": exposures, "canaries": len(group), **level(group)}
+        {
+            "exposures": exposures,
+            "occurrences": mean_occurrences([probes[i] for i in group]),
+            "canaries": len(group),
+            **level(group),
+        }
         for exposures, group in zip(order, groups, strict=True)
     ]

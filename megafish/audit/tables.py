@@ -47,9 +47,9 @@ def _extraction(title: str, extraction: dict[str, Any], summary: dict[str, Any])
     table = _table(
         f"{title} ({settings['prompt_tokens']} tokens given, {settings['suffix_tokens']} asked for)",
         ["copies", "seen", "passages", "exact", "95 %", "LCP", "ROUGE-L", "loss"],
-        "copies: in the corpus, 0 is the control group, n+ a bin from n copies on; seen: copies x epochs; exact: word "
-        "for word, with Wilson's interval; LCP: tokens before the first error; ROUGE-L: F1 on token ids; "
-        "loss: of the true text",
+        "copies: in the corpus, 0 is the control group, n+ a bin from n copies on; seen: copies x epochs; "
+        "?: not known; exact: word for word, with Wilson's interval; LCP: tokens before the first error; ROUGE-L: F1 "
+        "on token ids; loss: of the true text",
     )
     for level in extraction["levels"]:
         seen = level["effective_exposures"]
@@ -92,8 +92,8 @@ def _closeness(name: str, extraction: dict[str, Any]) -> Table:
 
 def _sweep(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     prompts = sorted({cell["prompt_tokens"] for cell in cells})
-    copies = cells[0]["levels"][-1]["exposures"]
-    group = name if copies is None else f"{name} with {copies} copies"
+    most = cells[0]["levels"][-1]
+    group = name if most["exposures"] is None else f"{name} with {_copies(most)} copies"
     table = _table(
         f"{group}: exact, by tokens given",
         ["offset", *map(str, prompts)],

@@ -85,9 +85,12 @@ def build_filter(
     if not 0 < false_positive_rate < 1:
         raise InputError(f"false_positive_rate={false_positive_rate}: must be above 0 and below 1")
     lengths = (n, n - 1) if beginnings else (n,)
-    opened = [Corpus(corpus) for corpus in corpora]
+    if path.is_dir():
+        raise InputError(f"{path}: a folder: name a file to write the filter to")
+    # A corpus named twice counts once, however its path is written.
+    opened = [Corpus(corpus) for corpus in {Path(corpus).resolve(): corpus for corpus in corpora}.values()]
     sha256 = _tokenizer_of(opened, tokenizer)
-    pieces = _pieces(opened)
+    pieces = _pieces(opened, None if tokenizer is None else tokenizer.eos_id)
     tokens = sum(piece.stop - piece.start for piece in pieces)
     parts = 1 << max(0, (tokens // PIECE).bit_length())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,18 +153,17 @@ def _tokenizer_of(corpora: Sequence[Corpus], tokenizer: Tokenizer | None) -> str
     known = {str(corpus.path): corpus.manifest["tokenizer"]["sha256"] for corpus in corpora if corpus.manifest}
     if tokenizer is not None:
         known[str(tokenizer.path)] = tokenizer.sha256
-    elif len(known) < len(corpora):
-        bare = next(corpus.path for corpus in corpora if not corpus.manifest)
+    elif bare := next((corpus.path for corpus in corpora if not corpus.manifest), None):
         raise InputError(f"{bare}: a .bin/.idx pair does not say what tokenizer made it: name one (--tokenizer FILE)")
     if len(set(known.values())) > 1:
         raise InputError(f"{', '.join(known)}: of unlike tokenizers: their ids mean different text; build two filters")
     return str(next(iter(known.values())))
 
 
-def _pieces(corpora: Sequence[Corpus]) -> list[_Piece]:
+def _pieces(corpora: Sequence[Corpus], eos_of_pairs: int | None) -> list[_Piece]:
     pieces: list[_Piece] = []
     for corpus in corpora:
-        eos = None if corpus.manifest is None else int(corpus.manifest["tokenizer"]["eos_id"])
+        eos = eos_of_pairs if corpus.manifest is None else int(corpus.manifest["tokenizer"]["eos_id"])
         pair = corpus.data.bin_path.with_suffix("")
         for start in range(0, corpus.num_tokens, PIECE):
             pieces.append(_Piece(len(pieces), pair, start, min(start + PIECE, corpus.num_tokens), eos))

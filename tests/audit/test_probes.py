@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megafish.audit.extraction import effective_exposures
-from megafish.audit.probes import load_canaries, longest, open_probes, split_probes
+from megafish.audit.probes import corpus_id, load_canaries, longest, open_probes, split_probes
 from megafish.config import AuditConfig
 from megafish.data.corpus import Corpus
 from megafish.data.tokenizer import load_tokenizer
@@ -96,11 +96,11 @@ def test_passages_of_a_corpus(corpus: Path) -> None:
     assert [a.tokens.tolist() for a in other.probes] != [b.tokens.tolist() for b in found.probes]
 
 
-def test_passages_by_duplication(corpus: Path) -> None:
+def test_passages_by_duplication(corpus: Path, tmp_path: Path) -> None:
     """Of a corpus whose canaries stand in it 1 and 12 times."""
     tokenizer = load_tokenizer(corpus / "tokenizer.model")
     asked = settings(probes=[str(corpus)], probe_count=5, probe_choice="duplicates")
-    [found] = open_probes(asked, tokenizer, 10, {corpus.resolve(): 2.5})
+    [found] = open_probes(asked, tokenizer, 10, {corpus_id(Corpus(corpus)): 2.5})
     tokens = Corpus(corpus).data.tokens.astype(np.int64).tobytes()
     assert {1, 12} <= {one.exposures for one in found.probes}
     for one in found.probes:
@@ -108,8 +108,12 @@ def test_passages_by_duplication(corpus: Path) -> None:
         count = tokens.count(one.tokens.astype(np.int64).tobytes())
         assert one.exposures is not None and one.exposures <= count < 1.2 * one.exposures + 1
         assert one.occurrences == count and effective_exposures(one) == 2.5 * count
-    [elsewhere] = open_probes(asked, tokenizer, 10, {corpus.parent.resolve(): 2.5})
-    assert {effective_exposures(one) for one in elsewhere.probes} == {None}
+    [unknown] = open_probes(asked, tokenizer, 10, {"another": 2.5})
+    assert {effective_exposures(one) for one in unknown.probes} == {None}
+    shutil.copytree(corpus, tmp_path / "copy")
+    copied = asked.model_copy(update={"probes": [str(tmp_path / "copy")], "probe_choice": "uniform"})
+    [elsewhere] = open_probes(copied, tokenizer, 10, {corpus_id(Corpus(corpus)): 2.5})
+    assert {one.epochs for one in elsewhere.probes} == {2.5}, "the same corpus at another place"
 
 
 def test_passages_of_text_files(tmp_path: Path, corpus: Path) -> None:

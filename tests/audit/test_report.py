@@ -576,6 +576,20 @@ def test_bins_of_occurrences_stand_at_their_mean(tmp_path: Path) -> None:
     assert list(panel.series[0].x) == [1, 10, 1000]
 
 
+def test_plots_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", "run", None)
+    report([run])
+    plots = run / "plots"
+    (plots / "mine.png").write_bytes(b"")
+    drawn = {path.name for path in plots.iterdir()}
+    assert {"memorization.png", "loss.png", "mine.png"} <= drawn
+    (run / "metrics.jsonl").unlink()
+    report([run])
+    left = {path.name for path in plots.iterdir()}
+    assert "loss.png" not in left and {"memorization.png", "mine.png"} <= left
+    assert report([run], step=60) == run / "report_step_00000060" / "report.html"
+
+
 def test_the_audit_of_a_step(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "run", None)
     early, late = (load_views([run], step)[0] for step in (60, None))

@@ -116,6 +116,25 @@ def test_several_corpora(corpus: Path, tmp_path: Path) -> None:
     built.check_tokenizer(tokenizer)
 
 
+def test_a_corpus_named_twice_counts_once(corpus: Path, tmp_path: Path) -> None:
+    once = build_filter([corpus], tmp_path / "a", n=4, minimum_count=2, progress=False)
+    again = [corpus, corpus / ".." / corpus.name]
+    twice = build_filter(again, tmp_path / "b", n=4, minimum_count=2, progress=False)
+    assert twice.header["ngrams"] == once.header["ngrams"] and len(twice.header["sources"]) == 1
+
+
+def test_a_pair_ends_its_documents_as_the_tokenizer_says(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
+    folder = build_filter([corpus], tmp_path / "a", n=4, progress=False)
+    pair = build_filter([corpus / "train"], tmp_path / "b", n=4, tokenizer=tokenizer, progress=False)
+    assert pair.header["ngrams"] == folder.header["ngrams"]
+
+
+def test_a_folder_is_no_place_for_a_filter(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a folder: name a file"):
+        build_filter([corpus], tmp_path, progress=False)
+
+
 def test_keys_in_whole_numbers() -> None:
     """The definition, with Python's integers."""
     c = [int(x) for x in coefficients(5, 3)]
