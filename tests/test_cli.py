@@ -106,6 +106,9 @@ def test_the_path_of_the_readme(call: Call, tmp_path: Path) -> None:
     assert code == 0 and (tmp_path / "runs/a/report.html").is_file(), err
     code, out, err = call("generate", "runs/a", "--prompt", "line 7 says", "--max-new-tokens", 4)
     assert code == 0 and out.startswith("line 7 says"), err
+    again = call("generate", "runs/a", "--prompt", "line 7 says", "--prompt", "x", "--max-new-tokens", 4, "--json")[1]
+    first, second = (json.loads(line) for line in again.splitlines())
+    assert first["prompt"] + first["continuation"] + "\n" == out and second["prompt"] == "x"
     code, out, err = call("verify", "runs/a")
     assert code == 0 and "good" in out and "next: megafish train runs/a\n" in out, err
     (tmp_path / "runs/a/checkpoints/step_00000002/state.json").unlink()
