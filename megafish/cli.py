@@ -23,7 +23,7 @@ from megafish.decode import cli as decode_cli
 from megafish.errors import InputError, Stopped
 from megafish.evaluate import cli as evaluate_cli
 from megafish.jobs import cli as jobs_cli
-from megafish.launcher import is_first
+from megafish.launcher import is_first, leave
 from megafish.sweep.cli import sweep
 from megafish.unlearn.cli import unlearn
 
@@ -71,6 +71,16 @@ _MACHINE = (
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
+    try:
+        _run()
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            leave(end.code or 0)
+        raise
+    leave(0)
+
+
+def _run() -> None:
     try:
         app()
     except InputError as error:

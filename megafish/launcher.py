@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
+from contextlib import suppress
 
 from megafish.errors import InputError
 
@@ -24,6 +28,25 @@ def adopt_slurm() -> None:
         )
     for name, source in _SLURM.items():
         env[name] = env[source]
+
+
+def leave(code: int) -> None:
+    """End one of several processes here, once its threads and what is registered for the end are done; others return.
+
+    The interpreter would take itself down around gloo's and the store's threads. One of them that comes back for the
+    GIL just then is ended by it inside C++, which answers with abort(): exit code -6 after all work was done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_world_size() == 1:
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone, or a closed stream
+            stream.flush()
+    os._exit(code)
 
 
 def is_first() -> bool:
