@@ -70,9 +70,9 @@ _MACHINE = (
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
+    """Entry point: `run`, and the end of the process."""
     try:
-        _run()
+        run()
     except SystemExit as end:
         if isinstance(end.code, int | None):
             leave(end.code or 0)
@@ -80,7 +80,8 @@ def main() -> None:
     leave(0)
 
 
-def _run() -> None:
+def run() -> None:
+    """The command line: a user's mistake is one line and exit code 2, Ctrl-C is 130, a defect keeps its traceback."""
     try:
         app()
     except InputError as error:

@@ -86,7 +86,7 @@ def command(overrides: list[str]) -> None:
     """`megafish train`, and its exit code as a line of the output."""
     sys.argv = ["megafish", "train", "tiny", *overrides]
     try:
-        cli.main()
+        cli.run()
     except SystemExit as end:
         print(f"exit code {end.code}\n", end="", flush=True)  # in one piece, whatever the others print
 
