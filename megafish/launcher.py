@@ -39,7 +39,7 @@ def leave(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
-    if distributed.get_world_size() == 1:
+    if distributed.get_world_size() == 1:  # nothing of another process's can still be on its way
         return
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
